@@ -1,0 +1,5 @@
+"""`python -m aiosgd`: the command line."""
+
+from aiosgd.cli import main
+
+main()

@@ -1,0 +1,83 @@
+"""What is installed, for `aiosgd plugins`: listing imports no plugin, showing imports one."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from typing import Any
+
+from aiosgd.errors import ConfigError
+from aiosgd.plugins.kinds import KINDS
+from aiosgd.plugins.registry import Registry, nearest, params_class, type_name
+
+
+def list_plugins(kind: str | None = None) -> list[dict[str, str]]:
+    """Return kind, name, distribution, version and target of what is installed."""
+    registries = [_registry(kind)] if kind else list(KINDS.values())
+    return [dataclasses.asdict(entry) for registry in registries for entry in registry.entries()]
+
+
+def describe_plugin(kind: str, name: str) -> dict[str, Any]:
+    """Return what `plugins show` prints of one plugin.
+
+    Raises:
+        ConfigError: there is no such kind.
+        PluginError: there is no such plugin, or it is broken.
+    """
+    registry = _registry(kind)
+    entry, plugin = registry.entry(name), registry.load(name)
+    return {
+        **dataclasses.asdict(entry),
+        "description": inspect.getdoc(plugin) or "",
+        "parameters": _parameters(params_class(plugin)),
+    }
+
+
+def _registry(kind: str) -> Registry[Any]:
+    if kind not in KINDS:
+        raise ConfigError(
+            f"there is no kind of plugin {kind!r}{nearest(kind, list(KINDS))}; "
+            f"kinds: {', '.join(KINDS)}"
+        )
+    return KINDS[kind]
+
+
+def _parameters(params: type) -> list[dict[str, Any]]:
+    hints = typing.get_type_hints(params)
+    return [
+        {"name": field.name, "type": type_name(hints[field.name]), "default": _default(field)}
+        for field in dataclasses.fields(params)
+        if field.init
+    ]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return "required"
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Return plugins as aligned columns."""
+    columns = ("kind", "name", "distribution", "version", "target")
+    lines = [columns, *(tuple(row[column] for column in columns) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def page(facts: dict[str, Any]) -> str:
+    """Return one plugin's page as text."""
+    head = f"{facts['kind']} {facts['name']}  ({facts['target']})"
+    origin = f"from {facts['distribution']} {facts['version']}"
+    rows = [
+        f"  {parameter['name']} = {parameter['default']!r}  ({parameter['type']})"
+        for parameter in facts["parameters"]
+    ]
+    parameters = ["parameters:", *rows] if rows else ["parameters: none"]
+    return "\n".join([head, origin, "", facts["description"], "", *parameters])

@@ -1,0 +1,345 @@
+"""The command line: the only place that prints.
+
+Whatever costs time to import is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import typer
+
+from aiosgd.errors import AiosgdError, ConfigError
+
+if TYPE_CHECKING:
+    from aiosgd.runtime.config import Address
+    from aiosgd.runtime.coordinator import Outcome
+
+app = typer.Typer(
+    name="aiosgd",
+    help="Distributed SGD in which one small plugin, the codec, decides all communication.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class _Debug:
+    on = False
+
+
+def _version(value: bool) -> None:
+    if value:
+        from aiosgd import __version__
+
+        print(f"aiosgd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _globals(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    _Debug.on = debug
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn deliberate errors into one line on stderr and the right exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except AiosgdError as error:
+            if _Debug.on:
+                traceback.print_exc()
+            print(f"aiosgd: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("aiosgd: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+# Job options: one table for `run` and `submit` ------------------------------------------------
+
+_Choice = Optional  # typer reads Optional, and `X | None` in a built signature is the same
+JOB_OPTIONS: dict[str, tuple[Any, str]] = {
+    "codec": (str, "Codec: a name (see `aiosgd plugins codec`) or FILE.py:CLASS."),
+    "server_codec": (str, "Codec of the servers; default: the codec's own server half."),
+    "mode": (Literal["sync", "async"], "Barrier per step, or never wait."),
+    "exchange": (Literal["gradients", "updates", "weights"], "What blocks and results are."),
+    "compressor": (str, "Compressor for what the codec sends."),
+    "model": (str, "Model."),
+    "dataset": (str, "Data set."),
+    "partition": (str, "Which samples each worker sees."),
+    "assignment": (str, "Which worker computes which block."),
+    "redundancy": (int, "How many workers compute each block."),
+    "optimizer": (str, "Optimizer."),
+    "learning_rate": (float, "Learning rate."),
+    "batch_size": (int, "Samples per block."),
+    "epochs": (int, "Passes over the data."),
+    "max_steps": (int, "Stop after so many steps."),
+    "workers": (int, "Number of workers; submit: use the first N of the cluster."),
+    "servers": (int, "Number of servers, where the codec uses any."),
+    "overlap": (bool, "Compute a step while the one before is exchanged."),
+    "granularity": (str, "One codec per 'model', 'tensor', or bucket of so many bytes."),
+    "seed": (int, "Seed of everything that is random."),
+    "step_timeout": (float, "Seconds without a step's result before the job fails."),
+    "target_accuracy": (float, "Stop after the epoch that reaches this test accuracy."),
+    "title": (str, "Part of the job id."),
+    "output": (str, "Folder for results."),
+}
+
+
+def _with_job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add JOB_OPTIONS to a command that takes them as its keyword `options`."""
+
+    @functools.wraps(command)
+    def wrapped(**kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in JOB_OPTIONS}
+        if str(options["granularity"] or "").isdigit():
+            options["granularity"] = int(options["granularity"])
+        command(options=options, **kwargs)
+
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values()]
+    wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p for p in own if p.name != "options"] + [_parameter(name) for name in JOB_OPTIONS]
+    )
+    wrapped.__annotations__ = {
+        p.name: p.annotation for p in wrapped.__signature__.parameters.values()  # type: ignore[attr-defined]
+    }
+    return wrapped
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    kind, text = JOB_OPTIONS[name]
+    flag = "--" + name.replace("_", "-")
+    option = typer.Option(flag, help=text, rich_help_panel="Job options", show_default=False)
+    annotation = Annotated[_Choice[kind], option]  # type: ignore[valid-type]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+Sets = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--set",
+        metavar="KEY.PATH=VALUE",
+        help="A plugin's parameter: codec.turn=150, model.hidden=[128,128], optimizer.momentum=0.9",
+    ),
+]
+DataDir = Annotated[Optional[Path], typer.Option(help="Folder for data sets.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+
+
+# Commands -------------------------------------------------------------------------------------
+
+
+@app.command()
+@_reported
+@_with_job_options
+def run(
+    *,
+    sets: Sets = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+    options: dict[str, Any],
+) -> None:
+    """Run a job on this machine; without options: the default model on the embedded data set."""
+    from aiosgd import aio
+
+    _run_to_end(
+        lambda observer: aio.run(
+            sets=tuple(sets or ()), data_dir=data_dir, observer=observer, **options
+        ),
+        as_json,
+    )
+
+
+@app.command()
+@_reported
+@_with_job_options
+def submit(
+    cluster: Annotated[Path, typer.Argument(help="The cluster's nodes: cluster.toml.")],
+    *,
+    sets: Sets = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+    options: dict[str, Any],
+) -> None:
+    """Run a job on a cluster of nodes and collect its results."""
+    from aiosgd import aio
+
+    _run_to_end(
+        lambda observer: aio.submit(
+            cluster, sets=tuple(sets or ()), data_dir=data_dir, observer=observer, **options
+        ),
+        as_json,
+    )
+
+
+def _run_to_end(work: Callable[[Any], Any], as_json: bool) -> None:
+    from aiosgd.display import Display
+
+    with Display() as display, asyncio.Runner() as runner:
+        outcome = runner.run(work(display))
+    if as_json:
+        print(json.dumps(outcome.summary.to_dict()))
+    else:
+        _print_outcome(outcome)
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    summary = outcome.summary
+    metrics = summary.metrics
+    if metrics:
+        print(f"test accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}")
+    print(
+        f"{summary.steps} steps, {summary.samples:,} samples in {summary.train_s:.2f} s "
+        f"({summary.samples_per_s:,.0f} samples/s)"
+    )
+    print(f"results in {outcome.folder}")
+
+
+@app.command()
+@_reported
+def node(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 9000,
+    run_dir: Annotated[
+        Optional[Path], typer.Option(help="Where this node keeps its copy of each job.")
+    ] = None,
+    data_dir: DataDir = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run codecs that submitters send as source.")
+    ] = False,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Listen beyond this machine, to anyone who can connect."),
+    ] = False,
+    until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Run a node until it is interrupted."""
+    from aiosgd.runtime.node import Node, Settings
+
+    _check_listen(host, port, insecure)
+    settings = Settings(
+        host=host,
+        port=port,
+        run_dir=run_dir or _default_run_dir(port),
+        data_dir=data_dir or _default_data_dir(),
+        allow_code=allow_code,
+    )
+
+    def started(address: Address) -> None:
+        print(f"aiosgd node listening on {address}", flush=True)
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        if until_stdin_closes:
+            loop.add_reader(sys.stdin, stop.set)
+        serving = asyncio.ensure_future(Node(settings).serve(started))
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not serving.done():
+            serving.cancel()
+            await asyncio.wait([serving])
+        if not serving.cancelled():
+            serving.result()
+
+    _log_to_stderr()
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serve())
+
+
+def _check_listen(host: str, port: int, insecure: bool) -> None:
+    import ipaddress
+
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port is {port}; a port is 0..65535")
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not (local or insecure):
+        raise ConfigError(
+            f"--host {host} would let anyone who reaches this machine run jobs on it, for links "
+            "are not authenticated yet; add --insecure if the network is trusted"
+        )
+
+
+def _default_run_dir(port: int) -> Path:
+    import os
+    import socket
+
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    return state / "aiosgd" / f"{socket.gethostname()}-{port}"
+
+
+def _default_data_dir() -> Path:
+    from aiosgd.aio import default_data_dir
+
+    return default_data_dir()
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return uvloop's factory where uvloop is installed, else None: asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+@app.command()
+@_reported
+def plugins(
+    words: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KIND] | show KIND NAME", help="What to list.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the installed plugins, or show one with its parameters."""
+    from aiosgd import catalogue
+
+    match words or []:
+        case ["show", kind, name]:
+            facts = catalogue.describe_plugin(kind, name)
+            print(json.dumps(facts, indent=2) if as_json else catalogue.page(facts))
+        case ["show", *_]:
+            raise ConfigError("plugins show takes a kind and a name: aiosgd plugins show codec plain")
+        case [] | [_]:
+            rows = catalogue.list_plugins(*(words or []))
+            print(json.dumps(rows, indent=2) if as_json else catalogue.table(rows))
+        case _:
+            raise ConfigError(f"plugins takes one kind, not {' '.join(words or [])!r}")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,1 @@
+"""Codecs: who sends what to whom, and when a step is complete."""

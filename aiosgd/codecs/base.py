@@ -1,0 +1,428 @@
+"""THE file for codec authors: Codec, Block, Envelope, Message, Context, SERVER, WORKERS.
+
+A codec is an actor: one instance per node and tensor group, whose hooks never run at the same
+time as each other. It needs no locks and never sees a socket. It is fed blocks (values computed
+on this node) and messages (what other codecs sent), answers with envelopes, and says with
+`set_result` when the step's result is complete.
+
+    class Plain(Codec):
+        def start(self):
+            self.blocks = {}
+
+        async def update(self, block):
+            self.add(block.id, block.value)
+            content = {"block": block.id, "value": block.value}
+            return Envelope(self.ctx.workers_without(block.id), content)
+
+        async def receive(self, message):
+            self.add(message.content["block"], message.content["value"])
+
+        def add(self, block_id, value):
+            self.blocks[block_id] = value
+            if len(self.blocks) == self.ctx.block_count:
+                self.set_result(mean(self.blocks))
+                self.blocks.clear()
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import operator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from aiosgd.errors import CodecError
+
+Array: TypeAlias = npt.NDArray[Any]
+Vector: TypeAlias = npt.NDArray[np.float32]
+Mode: TypeAlias = Literal["sync", "async"]
+Exchange: TypeAlias = Literal["gradients", "updates", "weights"]
+Role: TypeAlias = Literal["worker", "server"]
+
+
+class Group(enum.Enum):
+    """A set of receivers that each node resolves for itself."""
+
+    SERVER = "SERVER"
+    WORKERS = "WORKERS"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+SERVER = Group.SERVER
+"""The server that is responsible for this tensor group."""
+WORKERS = Group.WORKERS
+"""All workers, but for the sender itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What this node computed from one block of the global batch.
+
+    Attributes:
+        id: 0 … `ctx.block_count` - 1.
+        step: the step it was computed in.
+        value: float32 vector of the tensor group: the gradient of the block's mean loss, the
+            optimizer's update, or the weights after it, as the job's `exchange` says. It may be
+            put into envelopes and kept; it must not be changed.
+        samples: how many samples the block has.
+        shapes: the parameters of this tensor group in order, name -> shape.
+    """
+
+    id: int
+    step: int
+    value: Vector
+    samples: int
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    def view(self, name: str) -> Vector:
+        """Return the part of `value` that belongs to one parameter, in its shape.
+
+        Raises:
+            KeyError: the tensor group has no parameter of that name.
+        """
+        offset = 0
+        for other, shape in self.shapes.items():
+            size = int(np.prod(shape, dtype=np.int64))
+            if other == name:
+                return self.value[offset : offset + size].reshape(shape)
+            offset += size
+        raise KeyError(name)
+
+
+Target: TypeAlias = int | Group | Iterable[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """Something to send.
+
+    Attributes:
+        to: a node id, an iterable of ids, `SERVER` or `WORKERS`.
+        content: anything that msgpack takes, plus numpy arrays and scalars; a tuple arrives as a
+            tuple. Arrays must not be changed afterwards.
+    """
+
+    to: Target
+    content: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Something that another node's codec sent.
+
+    Attributes:
+        sender: the node that sent it.
+        step: the step that it belongs to: the sender's own for what `update` sent; for what
+            `receive` sent, the step of the message that it answers or passes on.
+        content: as it was sent. Arrays are read-only views of the received bytes.
+    """
+
+    sender: int
+    step: int
+    content: Any
+
+
+@dataclass(kw_only=True)
+class Context:
+    """What a codec may know and use. Read-only for codecs.
+
+    Attributes:
+        node: this node's id: workers are 0 … n-1, servers -1, -2, ….
+        role: `worker` or `server`.
+        workers: ids of all workers, ascending.
+        servers: ids of all servers, -1 first.
+        server: the server that is responsible for this tensor group, if there is one.
+        block_owners: for each block id, the workers that compute it, ascending.
+        mode: `sync` or `async`.
+        steps: how many steps each worker takes in this job.
+        step: the step that this node is in, numbered over the whole job from 0. On a server: the
+            step of the message being handled.
+        params: the codec's own parameters, an instance of its `Params`.
+        rng: random numbers, seeded by job, node and tensor group.
+        initial: the weights that every node starts with (float32 vector of the tensor group).
+        shapes: the parameters of this tensor group in order, name -> shape.
+    """
+
+    node: int
+    role: Role
+    workers: tuple[int, ...]
+    servers: tuple[int, ...] = ()
+    server: int | None = None
+    block_owners: tuple[tuple[int, ...], ...] = ()
+    mode: Mode = "sync"
+    steps: int = 0
+    step: int = 0
+    params: Any = None
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    initial: Vector = field(default_factory=lambda: np.empty(0, np.float32), repr=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    compressor: Any = field(default=None, repr=False)
+    executor: Callable[..., Awaitable[Any]] | None = field(default=None, repr=False)
+    logger: Callable[[str], None] | None = field(default=None, repr=False)
+
+    @property
+    def worker_count(self) -> int:
+        """Number of workers in the job."""
+        return len(self.workers)
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks in a global batch."""
+        return len(self.block_owners)
+
+    @functools.cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that this node computes in every step."""
+        return self.blocks_of(self.node)
+
+    @property
+    def redundancy(self) -> int:
+        """How many workers compute each block."""
+        return len(self.block_owners[0]) if self.block_owners else 1
+
+    @property
+    def neighbours(self) -> tuple[int, ...]:
+        """The workers that this one exchanges with: all others (a full graph)."""
+        return tuple(worker for worker in self.workers if worker != self.node)
+
+    @property
+    def weights(self) -> dict[int, float]:
+        """Mixing weights of the neighbours and of this node; they add up to one."""
+        return dict.fromkeys(self.workers, 1 / self.worker_count)
+
+    def blocks_of(self, node: int) -> tuple[int, ...]:
+        """Return the blocks that a node computes, ascending."""
+        return tuple(i for i, owners in enumerate(self.block_owners) if node in owners)
+
+    def workers_with(self, block: int) -> tuple[int, ...]:
+        """Return the workers that compute a block."""
+        return self.block_owners[block]
+
+    def workers_without(self, block: int) -> tuple[int, ...]:
+        """Return the workers that do not compute a block."""
+        owners = self.block_owners[block]
+        return tuple(worker for worker in self.workers if worker not in owners)
+
+    def log(self, text: object) -> None:
+        """Write a line to this node's log of the job."""
+        if self.logger is not None:
+            self.logger(str(text))
+
+    async def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run heavy numpy work in the executor, so that the node stays responsive meanwhile."""
+        if self.executor is None:
+            return function(*args)
+        return await self.executor(function, *args)
+
+    def compress(self, array: Array, stream: str = "") -> Any:
+        """Turn an array into the payload of the job's compressor.
+
+        Args:
+            array: what to send.
+            stream: names the sequence of arrays that this one belongs to; compressors with
+                memory keep one state per stream.
+        """
+        return array if self.compressor is None else self.compressor.compress(array, stream)
+
+    def decompress(self, payload: Any) -> Array:
+        """Return the array that `compress` made the payload of, as far as it kept it."""
+        if self.compressor is None:
+            return np.asarray(payload)
+        restored: Array = self.compressor.decompress(payload)
+        return restored
+
+    def resolve(self, to: Target) -> tuple[int, ...]:
+        """Return the node ids that an envelope's target stands for.
+
+        Raises:
+            ValueError: it is no target, names an unknown node, or there is no server.
+        """
+        if to is WORKERS:
+            return self.neighbours
+        if to is SERVER:
+            if self.server is None:
+                raise ValueError("sends to SERVER, but the job has no server")
+            return (self.server,)
+        try:
+            ids = (operator.index(to),)  # type: ignore[arg-type]
+        except TypeError:
+            try:
+                ids = tuple(map(operator.index, to))  # type: ignore[assignment, arg-type]
+            except TypeError:
+                raise ValueError(
+                    f"sends to {to!r}; expected a node id, ids, SERVER or WORKERS"
+                ) from None
+        for node in ids:
+            if node not in self.workers and node not in self.servers:
+                raise ValueError(f"sends to node {node}, which the job does not have")
+        return ids
+
+
+Sends: TypeAlias = Envelope | Iterable[Envelope] | None
+Hook: TypeAlias = Awaitable[Sends] | AsyncIterator[Envelope]
+
+
+class Codec:
+    """Decides what is sent to whom and when a step's result is complete.
+
+    The three hooks may be `async def` that return None, one Envelope or an iterable of them, or
+    async generators that yield envelopes; each is sent at once.
+
+    Class attributes:
+        exchange: what the blocks and results are, unless the job says otherwise.
+        modes: the modes that the codec is made for.
+        server: the codec that servers run, if there is a server half.
+        accepts_late: whether `receive` wants messages of steps that this node has left behind
+            (a relay may still have to pass them on); otherwise they are counted and logged.
+        compresses: whether it calls `ctx.compress`; a job's compressor is refused otherwise.
+        laws: names of the laws that the codec promises to keep.
+        Params: its parameters, a frozen dataclass; a codec without has none.
+    """
+
+    exchange: ClassVar[Exchange] = "gradients"
+    modes: ClassVar[Sequence[Mode]] = ("sync", "async")
+    server: ClassVar[type[Codec] | None] = None
+    accepts_late: ClassVar[bool] = False
+    compresses: ClassVar[bool] = False
+    laws: ClassVar[frozenset[str]] = frozenset()
+    Params: ClassVar[type]
+
+    ctx: Context
+    _result: Any = None
+    _done: bool = False
+
+    @classmethod
+    def create(cls, ctx: Context) -> Codec:
+        """Make the instance of one node and tensor group; the framework calls it.
+
+        Raises:
+            CodecError: a worker's codec does not implement `update`.
+        """
+        if ctx.role == "worker" and cls.update is Codec.update:
+            raise CodecError(f"codec {cls.__name__} has no update(block); workers need one")
+        codec = cls()
+        codec.ctx = ctx
+        return codec
+
+    def start(self) -> None:
+        """Prepare; called once before anything else, with `self.ctx` in place."""
+
+    def stop(self) -> None:
+        """Clean up; called once when the job ends, however it ends."""
+
+    def update(self, block: Block) -> Hook:
+        """Handle a block that was computed here; awaited once per block and step.
+
+        A worker's codec must have it; a server never gets blocks and need not.
+        """
+        return _nothing()
+
+    def receive(self, message: Message) -> Hook:
+        """Handle a message.
+
+        In sync mode a message of step s comes once this node is in step s; what is returned is
+        sent before the next message is handled, in both modes.
+        """
+        return _nothing()
+
+    def rescue(self) -> Hook:
+        """Return what may unblock a step that timed out (sync); called once per step."""
+        return _nothing()
+
+    def weights(self) -> Vector | None:
+        """Return the weights that this codec itself keeps (a server's), or None."""
+        return None
+
+    def set_result(self, value: Any, operation: Callable[[Any, Any], Any] | None = None) -> None:
+        """Publish this step's result: what the node applies next, in the form of the exchange.
+
+        Args:
+            value: float32 vector of the tensor group; not to be changed afterwards.
+            operation: how a second call in the same step combines with the first,
+                `operation(old, new)`; addition by default.
+        """
+        if self._done:
+            value = (operation or operator.add)(self._result, value)
+        self._result = value
+        self._done = True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a result waits to be taken."""
+        return self._done
+
+    def take_result(self) -> Any:
+        """Return the result and make room for the next.
+
+        Raises:
+            LookupError: there is none.
+        """
+        if not self._done:
+            raise LookupError(f"{type(self).__name__} has no result to take")
+        value, self._result, self._done = self._result, None, False
+        return value
+
+
+async def _nothing() -> None:
+    """Send nothing."""
+
+
+async def envelopes(hook: Any) -> AsyncIterator[Envelope]:
+    """Yield what a hook sends, whichever way it is written.
+
+    Raises:
+        TypeError: the hook is neither a coroutine nor an async generator, or gave something
+            that is no Envelope.
+    """
+    if isinstance(hook, AsyncIterator):
+        async for envelope in hook:
+            yield _checked(envelope)
+        return
+    if not isinstance(hook, Awaitable):
+        raise TypeError(f"is not `async def`: it returned {type(hook).__name__}")
+    sends = await hook
+    if sends is None:
+        return
+    if isinstance(sends, Envelope):
+        yield sends
+        return
+    if not isinstance(sends, Iterable):
+        raise TypeError(f"returned {type(sends).__name__}; expected None, Envelope or several")
+    for envelope in sends:
+        yield _checked(envelope)
+
+
+def _checked(envelope: object) -> Envelope:
+    if not isinstance(envelope, Envelope):
+        raise TypeError(f"gave {type(envelope).__name__}; expected an Envelope")
+    return envelope
+
+
+def mean(values: Mapping[int, Array]) -> Array:
+    """Return the mean over the mapping's values, added in the order of their keys.
+
+    The fixed order gives the same bits whatever the order of arrival was.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    first, *others = sorted(values)
+    total: Array = values[first].copy()
+    for key in others:
+        total += values[key]
+    total /= len(values)
+    return total

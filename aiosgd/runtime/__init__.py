@@ -1,0 +1,1 @@
+"""The runtime: what feeds a codec its blocks and carries its envelopes."""

@@ -1,0 +1,247 @@
+"""The actor: the only task that touches a codec, one hook at a time.
+
+Blocks and messages go into a mailbox; the actor takes them out one by one, awaits the codec's
+hook and sends what it gives before it takes the next. The reader of a connection never waits for
+an actor, so the mailbox is unbounded; the transport's credits bound what senders put into it.
+
+In sync mode the actor also keeps the steps apart: a message of a later step waits until this node
+is in that step, one of an earlier step is late, and as soon as a hook has completed a step's
+result the node is in the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from aiosgd.codecs.base import Block, Codec, Envelope, Message, Vector, envelopes
+from aiosgd.errors import CodecError
+from aiosgd.plugins.registry import describe
+
+Send: TypeAlias = Callable[[tuple[int, ...], int, Any], None]
+Consumed: TypeAlias = Callable[[int], None]
+
+# a peer that is this many messages ahead of us in sync mode is not following any protocol
+EARLY_LIMIT = 100_000
+
+
+class Actor:
+    """One codec, its mailbox and its results.
+
+    Args:
+        codec: the codec, with its context in place.
+        size: number of elements that a result must have.
+        send: takes (node ids, step, content) and sends without waiting.
+        consumed: told the sender of each message once the codec is through with it.
+
+    Attributes:
+        late: messages of past steps that were not handed over (sync).
+        staleness: how many steps old the newest result's youngest cause was; None without one.
+    """
+
+    def __init__(self, codec: Codec, size: int, send: Send, consumed: Consumed) -> None:
+        self.codec = codec
+        self.ctx = codec.ctx
+        self.late = 0
+        self.staleness: int | None = None
+        self._size = size
+        self._send = send
+        self._consumed = consumed
+        self._stepwise = self.ctx.mode == "sync" and self.ctx.role == "worker"
+        self._mailbox: deque[Block | Message | asyncio.Future[int]] = deque()
+        self._early: defaultdict[int, list[Message]] = defaultdict(list)
+        self._results: deque[Vector] = deque()
+        self._wake: asyncio.Future[None] | None = None
+        self._watchers: list[asyncio.Future[None]] = []
+        self._posted = self._handled = 0
+        self._hook = ""
+        self._senders: set[int] = set()
+
+    def __repr__(self) -> str:
+        busy = f"in {self._hook}" if self._hook else "idle"
+        name = type(self.codec).__name__
+        return f"Actor({name}, step {self.ctx.step}, {busy}, {len(self._mailbox)} waiting)"
+
+    # what the session calls; all of it returns at once unless it is awaited
+
+    def start(self) -> None:
+        """Let the codec prepare itself; raises CodecError."""
+        try:
+            self.codec.start()
+        except Exception as error:
+            raise self._broken("start", 0, error) from error
+
+    def stop(self, log: Callable[[str], None]) -> None:
+        """Let the codec clean up; what goes wrong there is logged, for the job has ended."""
+        try:
+            self.codec.stop()
+        except Exception as error:  # noqa: BLE001
+            log(str(self._broken("stop", self.ctx.step, error)))
+
+    def post(self, item: Block | Message) -> None:
+        """Put a block or a message into the mailbox."""
+        self._mailbox.append(item)
+        self._posted += 1
+        self._rouse()
+
+    async def settled(self) -> None:
+        """Wait until all that is in the mailbox now was handled and its envelopes sent (async)."""
+        place = self._posted
+        while self._handled < place:
+            await self._change()
+
+    async def result(self) -> Vector:
+        """Wait for the next step's result (sync) and take it."""
+        while not self._results:
+            await self._change()
+        return self._results.popleft()
+
+    def newest(self) -> Vector | None:
+        """Take the newest result if there is one (async)."""
+        if not self.codec.is_done:
+            return None
+        return self._take()
+
+    def finished(self, step: int) -> bool:
+        """Tell whether a step already has its result (sync)."""
+        return self._stepwise and self.ctx.step > step
+
+    async def rescue(self) -> int:
+        """Call the codec's `rescue` and return how many envelopes it sent.
+
+        A hook that is stuck lets nobody in: then this waits as long as it does.
+        """
+        sent: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._mailbox.appendleft(sent)
+        self._rouse()
+        return await sent
+
+    def _rouse(self) -> None:
+        wake, self._wake = self._wake, None
+        if wake is not None and not wake.done():
+            wake.set_result(None)
+
+    def explain(self) -> str:
+        """Say what the actor is at: for the message of a step that timed out."""
+        if self._hook:
+            return f"the codec's {self._hook} has not returned"
+        heard = ", ".join(map(str, sorted(self._senders))) or "nobody"
+        return f"heard in this step from nodes: {heard}"
+
+    def silent(self, peers: tuple[int, ...]) -> tuple[int, ...]:
+        """Return those of `peers` that nothing came from in this step."""
+        return tuple(peer for peer in peers if peer not in self._senders)
+
+    # the task
+
+    async def run(self) -> None:
+        """Handle the mailbox until cancelled.
+
+        Raises:
+            CodecError: a hook broke its contract.
+        """
+        while True:
+            while self._mailbox:
+                await self._handle(self._mailbox.popleft())
+                self._handled += 1
+                self._notify()
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+
+    async def _handle(self, item: Block | Message | asyncio.Future[int]) -> None:
+        if isinstance(item, Message):
+            await self._message(item)
+        elif isinstance(item, Block):
+            if not self.finished(item.step):
+                await self._call("update", item, item.step)
+        else:
+            sent = await self._call("rescue", None, self.ctx.step)
+            if not item.done():
+                item.set_result(sent)
+
+    async def _message(self, message: Message) -> None:
+        if self._stepwise:
+            if message.step > self.ctx.step:
+                self._keep(message)
+                return
+            if message.step < self.ctx.step and not self.codec.accepts_late:
+                self.late += 1
+                self._consumed(message.sender)
+                return
+        elif self.ctx.role == "server":
+            self.ctx.step = message.step
+        self._senders.add(message.sender)
+        was_done = self.codec.is_done
+        await self._call("receive", message, message.step)
+        if self.codec.is_done and not was_done:
+            self.staleness = self.ctx.step - message.step
+        self._consumed(message.sender)
+
+    def _keep(self, message: Message) -> None:
+        early = self._early[message.step]
+        early.append(message)
+        if len(early) > EARLY_LIMIT:
+            raise CodecError(
+                f"codec {type(self.codec).__name__} on node {message.sender} sent more than "
+                f"{EARLY_LIMIT} messages for step {message.step}, ahead of node {self.ctx.node}"
+            )
+
+    async def _call(self, hook: str, argument: Block | Message | None, step: int) -> int:
+        self._hook = hook
+        sent = 0
+        try:
+            method = getattr(self.codec, hook)
+            async for envelope in envelopes(method() if argument is None else method(argument)):
+                self._deliver(envelope, step)
+                sent += 1
+            if self._stepwise and self.codec.is_done:
+                self._advance()
+        except CodecError:
+            raise
+        except Exception as error:
+            raise self._broken(hook, step, error) from error
+        finally:
+            self._hook = ""
+        return sent
+
+    def _deliver(self, envelope: Envelope, step: int) -> None:
+        self._send(self.ctx.resolve(envelope.to), step, envelope.content)
+
+    def _advance(self) -> None:
+        self._results.append(self._take())
+        self._senders.clear()
+        self.ctx.step += 1
+        for message in reversed(self._early.pop(self.ctx.step, ())):
+            self._mailbox.appendleft(message)
+
+    def _take(self) -> Vector:
+        value = np.asarray(self.codec.take_result(), dtype=np.float32)
+        if value.shape != (self._size,):
+            raise CodecError(
+                f"codec {type(self.codec).__name__} on node {self.ctx.node} in step "
+                f"{self.ctx.step}: set_result got shape {value.shape}; expected ({self._size},)"
+            )
+        return value
+
+    def _broken(self, hook: str, step: int, error: Exception) -> CodecError:
+        return CodecError(
+            f"codec {type(self.codec).__name__}: {hook} failed on node {self.ctx.node} "
+            f"in step {step}: {describe(error)}"
+        )
+
+    # waiting for a change; several waiters, woken after every handled item
+
+    async def _change(self) -> None:
+        watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watchers.append(watcher)
+        await watcher
+
+    def _notify(self) -> None:
+        watchers, self._watchers = self._watchers, []
+        for watcher in watchers:
+            if not watcher.done():
+                watcher.set_result(None)

@@ -1,0 +1,690 @@
+"""cluster.toml and job options -> checked values, before anything else starts.
+
+Every value that a user gives becomes a `Setting`: a path into `JobConfig`, the value, and the place
+where it was written, so that each message can say where to look. Types are read from the
+annotations of `JobConfig` and `Compute`, ranges from a table.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import ipaddress
+import json
+import math
+import numbers
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from aiosgd.errors import ConfigError
+from aiosgd.plugins.registry import check_value, nearest
+
+KINDS = (
+    "codec",
+    "server_codec",
+    "compressor",
+    "model",
+    "dataset",
+    "partition",
+    "assignment",
+    "optimizer",
+)
+"""The options that name a plugin; `<kind>_params` holds that plugin's own parameters."""
+
+# The values --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How each node computes.
+
+    Attributes:
+        policy: where training compute runs: in a `thread`, `inline` on the event loop, or as the
+            first steps suggest (`auto`).
+        threads: BLAS threads per node; None is the host's cores divided by its nodes.
+        slow: a test option: worker id -> factor by which its compute is slowed down.
+    """
+
+    policy: Literal["auto", "thread", "inline"] = "auto"
+    threads: int | None = None
+    slow: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_fields(self, ("compute",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """One job's options, complete and checked; see the list of job options for each.
+
+    Attributes:
+        server_codec: None is the codec's own server half.
+        exchange: None is the codec's own choice.
+        batch_size: samples per block.
+        max_steps: None is as many as the epochs have.
+        workers: how many of the cluster's workers take part; None is all.
+        servers: how many of the cluster's servers take part; None is all.
+        granularity: one codec per `model`, per `tensor` or per bucket of so many bytes.
+        step_timeout: how long a step may take before its codec is asked for a rescue.
+        target_accuracy: the job ends when it is reached.
+        output: the folder that the run's folder is made in.
+    """
+
+    codec: str = "plain"
+    server_codec: str | None = None
+    mode: Literal["sync", "async"] = "sync"
+    exchange: Literal["gradients", "updates", "weights"] | None = None
+    compressor: str = "none"
+    model: str = "mlp"
+    dataset: str = "digits"
+    partition: str = "shared"
+    assignment: str = "iid"
+    redundancy: int = 1
+    optimizer: str = "sgd"
+    learning_rate: float = 0.05
+    batch_size: int = 64
+    epochs: int = 1
+    max_steps: int | None = None
+    workers: int | None = None
+    servers: int | None = None
+    overlap: bool = False
+    granularity: Literal["model", "tensor"] | int = "model"
+    seed: int = 0
+    step_timeout: float = 10.0
+    target_accuracy: float | None = None
+    title: str = ""
+    output: str = "runs"
+    trackers: tuple[str, ...] = ("csv",)
+    codec_params: dict[str, Any] = field(default_factory=dict)
+    server_codec_params: dict[str, Any] = field(default_factory=dict)
+    compressor_params: dict[str, Any] = field(default_factory=dict)
+    model_params: dict[str, Any] = field(default_factory=dict)
+    dataset_params: dict[str, Any] = field(default_factory=dict)
+    partition_params: dict[str, Any] = field(default_factory=dict)
+    assignment_params: dict[str, Any] = field(default_factory=dict)
+    optimizer_params: dict[str, Any] = field(default_factory=dict)
+    compute: Compute = field(default_factory=Compute)
+
+    def __post_init__(self) -> None:
+        _check_fields(self, ())
+
+
+# Ranges ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on an option's value, and the words for it after `expected`."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+_COUNT = Rule("1 or more", lambda n: n >= 1)
+_POSITIVE = Rule("more than 0", lambda x: x > 0)
+_NAME = Rule("a name", lambda s: s.strip() != "")
+# a title becomes part of a folder's name
+_TITLE = re.compile(r"(?!\.)[A-Za-z0-9_.-]{0,40}")
+_WORKER_ID = re.compile("0|[1-9][0-9]{0,8}")
+# msgpack and TOML carry integers of 64 bits
+_INT_LIMIT = 2**63
+# what Python makes of bytes that are no UTF-8; neither TOML nor msgpack carries it
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_RULES: dict[tuple[str, ...], Rule] = {
+    **{(kind,): _NAME for kind in KINDS},
+    **{(name,): _COUNT for name in ("redundancy", "batch_size", "epochs", "max_steps", "workers")},
+    ("servers",): Rule("0 or more", lambda n: n >= 0),
+    ("seed",): Rule("0 or more", lambda n: n >= 0),
+    ("learning_rate",): _POSITIVE,
+    ("step_timeout",): _POSITIVE,
+    ("target_accuracy",): Rule("more than 0 and at most 1", lambda x: 0 < x <= 1),
+    ("granularity",): Rule(
+        "'model', 'tensor' or a bucket of 4 bytes or more", lambda g: isinstance(g, str) or g >= 4
+    ),
+    ("title",): Rule(
+        "at most 40 letters, digits, '-', '_' and '.', not starting with '.'",
+        lambda s: _TITLE.fullmatch(s) is not None,
+    ),
+    ("output",): Rule("a folder", lambda s: s != "" and "\0" not in s),
+    ("trackers",): Rule("names", lambda names: all(map(_NAME.holds, names))),
+    ("compute", "threads"): _COUNT,
+    ("compute", "slow"): Rule("a factor of 1 or more", lambda x: x >= 1),
+}
+
+
+# Addresses -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a node listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str, place: str, allow_zero: bool = False) -> Address:
+        """Read `host:port`, or `[host]:port` for an IPv6 address.
+
+        Hosts are lower-cased and IPv6 addresses shortened, so that equal ones compare equal.
+
+        Args:
+            text: what the user wrote.
+            place: where it stands, for the message.
+            allow_zero: whether port 0 (the system picks one) is allowed.
+
+        Raises:
+            ConfigError: it is no address.
+        """
+        lowest = 0 if allow_zero else 1
+        host, _, port = text.rpartition(":")
+        name = _host(host)
+        if name and re.fullmatch("[0-9]{1,5}", port) and lowest <= int(port) <= 65535:
+            return cls(name, int(port))
+        shown = json.dumps(text, ensure_ascii=False)
+        raise ConfigError(f"{place} is {shown}; expected host:port with a port of {lowest}..65535")
+
+
+def _host(text: str) -> str:
+    """Return the host in its normal form, or an empty string if it is none."""
+    try:
+        if text.startswith("[") and text.endswith("]"):
+            return str(ipaddress.IPv6Address(text[1:-1]))
+        if re.fullmatch("[0-9.]+", text):
+            return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        return ""
+    return text.lower() if re.fullmatch(r"[\w.-]+", text) else ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value that a user gave, checked.
+
+    Attributes:
+        path: the option it sets: `("epochs",)`, `("codec_params", "turn")`.
+        value: of the option's type.
+        place: where the user gave it: `--epochs`, `cluster.toml:12: [job] epochs`.
+    """
+
+    path: tuple[str, ...]
+    value: Any
+    place: str
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The nodes that a job may use, and the cluster's defaults for jobs."""
+
+    workers: tuple[Address, ...]
+    servers: tuple[Address, ...] = ()
+    job: tuple[Setting, ...] = ()
+    path: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.path or "the cluster")
+
+
+# cluster.toml ------------------------------------------------------------------------------
+
+_SECURITY = ("secret_file", "tls_cert", "tls_key", "tls_ca")
+_TABLES = ("workers", "servers", "security", "job")
+
+
+def load_cluster(path: Path | str) -> Cluster:
+    """Read and check a cluster file.
+
+    Raises:
+        ConfigError: it is missing, unreadable or no TOML; has an unknown key, a wrong type, a bad
+            or repeated address or no worker; asks for security, which this version lacks. The
+            message names file, line and key.
+    """
+    source = _Source(Path(path))
+    source.check_keys((), _TABLES)
+    source.check_keys(("security",), _SECURITY)
+    for key in source.table("security"):
+        raise ConfigError(
+            f"{source.place('security', key)} is not supported by this version of aiosgd: links "
+            "are neither authenticated nor encrypted; remove it, and use a network that you trust"
+        )
+    nodes = _addresses(source, "workers") | _addresses(source, "servers")
+    _check_distinct(nodes, source)
+    workers = tuple(address for key, address in nodes.items() if key[0] == "workers")
+    servers = tuple(address for key, address in nodes.items() if key[0] == "servers")
+    if not workers:
+        raise ConfigError(f"{source.place('workers')} is empty; expected one host:port or more")
+    job = tuple(_settings(source.table("job"), lambda path: source.place("job", *path)))
+    return Cluster(workers, servers, job, source.path)
+
+
+def _addresses(source: _Source, key: str) -> dict[tuple[str, int], Address]:
+    texts = check_value(source.data.get(key, []), list[Any], source.place(key))
+    found = {}
+    for i, text in enumerate(texts):
+        place = source.place(key, i)
+        found[key, i] = Address.parse(check_value(text, str, place), place)
+    return found
+
+
+def _check_distinct(nodes: Mapping[tuple[str, int], Address], source: _Source) -> None:
+    seen: dict[Address, str] = {}
+    for key, address in nodes.items():
+        if address in seen:
+            raise ConfigError(
+                f'{source.place(*key)} is "{address}"; expected another address than '
+                f"{seen[address]}'s"
+            )
+        seen[address] = _written(key)
+
+
+class _Source:
+    """A TOML file and the line of each of its keys and list items."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text: {error.reason}") from error
+        try:
+            self.data = tomllib.loads(text)
+            self.lines = _Lines(text).found
+        except ValueError as error:
+            raise ConfigError(f"{path}{_syntax_line(error, text)}: {error}") from error
+        except RecursionError as error:
+            raise ConfigError(f"{path} is nested too deeply") from error
+
+    def place(self, *keys: str | int) -> str:
+        """Return `file:line: key` for a key; the line of its table where it has none itself."""
+        line = next(
+            (self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), None
+        )
+        return f"{self.path}{'' if line is None else f':{line}'}: {_written(keys)}"
+
+    def table(self, key: str) -> dict[str, Any]:
+        """Return a table of the file, empty where there is none."""
+        table: dict[str, Any] = check_value(self.data.get(key, {}), dict[str, Any], self.place(key))
+        return table
+
+    def check_keys(self, table: tuple[str, ...], known: Sequence[str]) -> None:
+        """Refuse the first key of a table that is not in `known`."""
+        for key in self.table(*table) if table else self.data:
+            if key not in known:
+                raise ConfigError(_unknown(self.place(*table, key), key, known))
+
+
+def _written(keys: Sequence[str | int]) -> str:
+    """Return how a key reads in a message: `workers[2]`, `[job.codec_params] turn`."""
+    *table, last = keys
+    if isinstance(last, int):
+        return f"{'.'.join(map(str, table))}[{last}]"
+    return f"[{'.'.join(map(str, table))}] {last}" if table else last
+
+
+def _syntax_line(error: ValueError, text: str) -> str:
+    """Return `:line` for the line that a parser's message names."""
+    match = re.search(r"at line (\d+)", str(error))
+    if match:
+        return f":{match[1]}"
+    return f":{text.count(chr(10)) + 1}" if "at end of document" in str(error) else ""
+
+
+class _Lines:
+    """The line of each key and list item of a valid TOML text; tomllib tells none.
+
+    Tables in a list of tables (`[[key]]`) are found under their key, without an index.
+    """
+
+    _TOKEN = re.compile(
+        r"""(?P<space>[ \t\r]+|\#[^\n]*)
+        | "{3}(?:\\.|[^\\])*?"{3,5} | '{3}.*?'{3,5} | "(?:\\.|[^"\\])*" | '[^']*'
+        | [\n\[\]{}=,.]
+        | [^\s\[\]{}=,."'\#]+""",
+        re.DOTALL | re.VERBOSE,
+    )
+
+    def __init__(self, text: str) -> None:
+        self.found: dict[tuple[str | int, ...], int] = {}
+        self._tokens: list[tuple[str, int]] = []
+        line = 1
+        for match in self._TOKEN.finditer(text):
+            if match["space"] is None:
+                self._tokens.append((match[0], line))
+            line += match[0].count("\n")
+        self._tokens.append(("", line))
+        self._next = 0
+        self._read()
+
+    def _read(self) -> None:
+        table: tuple[str | int, ...] = ()
+        while self._peek() != "":
+            if self._peek() == "[":
+                table = self._header()
+            elif not self._take("\n"):
+                self._pair(table)
+
+    def _header(self) -> tuple[str | int, ...]:
+        while self._take("["):
+            pass
+        table = self._key(())
+        while self._take("]"):
+            pass
+        return table
+
+    def _pair(self, table: tuple[str | int, ...]) -> None:
+        path = self._key(table)
+        self._take("=")
+        self._value(path)
+
+    def _key(self, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+        while self._peek() not in {"=", "]", ""}:
+            text, line = self._advance()
+            if text != ".":
+                path = (*path, _unquoted(text))
+                self.found.setdefault(path, line)
+        return path
+
+    def _value(self, path: tuple[str | int, ...]) -> None:
+        if self._take("["):
+            self._items(path)
+        elif self._take("{"):
+            while not self._take("}"):
+                if not (self._take(",") or self._take("\n")):
+                    self._pair(path)
+        else:
+            while self._peek() not in {",", "]", "}", "\n", ""}:
+                self._advance()
+
+    def _items(self, path: tuple[str | int, ...]) -> None:
+        index = 0
+        while not self._take("]"):
+            if not (self._take(",") or self._take("\n")):
+                self.found[*path, index] = self._tokens[self._next][1]
+                self._value((*path, index))
+                index += 1
+
+    def _peek(self) -> str:
+        return self._tokens[self._next][0]
+
+    def _advance(self) -> tuple[str, int]:
+        self._next += 1
+        return self._tokens[self._next - 1]
+
+    def _take(self, text: str) -> bool:
+        if self._peek() == text:
+            self._next += 1
+            return True
+        return False
+
+
+def _unquoted(key: str) -> str:
+    return str(tomllib.loads(f"key = {key}")["key"]) if key[0] in "\"'" else key
+
+
+# Job options -------------------------------------------------------------------------------
+
+
+def make_job(
+    flags: Mapping[str, Any], sets: Sequence[str] = (), cluster: Cluster | None = None
+) -> JobConfig:
+    """Combine defaults, the cluster's [job] table, flags and `--set`; each wins over those before.
+
+    The file's parameters of a plugin, and the server half it names for a codec, are left out
+    where a flag or `--set` puts another plugin in the place of the file's.
+
+    Args:
+        flags: option -> value of the option's type; None is not given.
+        sets: `key.path=value` each, the value as TOML; a bare word is a string.
+        cluster: the nodes that the job is for; its size is checked too.
+
+    Raises:
+        ConfigError: an unknown option, a wrong type or a value out of range; the message names
+            the flag, the `--set` or the line of the file.
+    """
+    given = [*_settings(flags, _flag), *map(_parse_set, sets)]
+    defaults = _still_wanted(cluster.job, given) if cluster else []
+    settings = [*defaults, *given]
+    job = _build(settings)
+    _check_size(job, cluster, {setting.path[0]: setting.place for setting in settings})
+    return job
+
+
+def to_dict(job: JobConfig) -> dict[str, Any]:
+    """Return a job as plain values that msgpack and TOML carry; options that are None are absent.
+
+    `from_dict` gives an equal job back.
+    """
+    values: dict[str, Any] = _plain(dataclasses.asdict(job), "job")
+    return values
+
+
+def from_dict(values: Mapping[str, Any], place: str = "job") -> JobConfig:
+    """Build a job from what `to_dict` gave; an absent option has its default.
+
+    Raises:
+        ConfigError: it is no table, or has an unknown option or a wrong value; `place` says where.
+    """
+    table = check_value(values, dict[Any, Any], place)
+    return _build(_settings(table, lambda path: ".".join((place, *path))))
+
+
+def _build(settings: Iterable[Setting]) -> JobConfig:
+    values: dict[str, Any] = {}
+    for setting in settings:
+        _put(values, setting)
+    return JobConfig(**values | {"compute": Compute(**values.get("compute", {}))})
+
+
+def _put(values: dict[str, Any], setting: Setting) -> None:
+    *tables, key = setting.path
+    for name in tables:
+        inner = values.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{setting.place} sets a key of {name}, which is {inner!r}")
+        values = inner
+    values[key] = copy.deepcopy(setting.value)  # a later setting may add to a table
+
+
+_COMPANIONS = {kind: (f"{kind}_params",) for kind in KINDS} | {
+    "codec": ("codec_params", "server_codec", "server_codec_params")
+}
+
+
+def _still_wanted(defaults: Sequence[Setting], given: Sequence[Setting]) -> list[Setting]:
+    """Return the defaults without those that belong to a plugin that was replaced."""
+    old = {setting.path[0]: setting.value for setting in defaults}
+    new = {setting.path[0]: setting.value for setting in given}
+    dropped = {
+        companion
+        for kind in KINDS
+        if kind in old and new.get(kind, old[kind]) != old[kind]
+        for companion in _COMPANIONS[kind]
+    }
+    return [setting for setting in defaults if setting.path[0] not in dropped]
+
+
+def _check_size(job: JobConfig, cluster: Cluster | None, places: Mapping[str, str]) -> None:
+    """Refuse more workers, servers or redundancy than there are nodes."""
+    workers = job.workers
+    if cluster:
+        for key, nodes in (("workers", cluster.workers), ("servers", cluster.servers)):
+            wanted = getattr(job, key)
+            if wanted is not None and wanted > len(nodes):
+                raise ConfigError(
+                    f"{places[key]} is {wanted}; expected at most {len(nodes)}, as {cluster} lists"
+                )
+        workers = workers or len(cluster.workers)
+    if workers is not None and job.redundancy > workers:
+        raise ConfigError(
+            f"{places['redundancy']} is {job.redundancy}; expected at most {workers}, "
+            "the number of workers"
+        )
+
+
+# One value ---------------------------------------------------------------------------------
+
+
+def _settings(
+    values: Mapping[Any, Any],
+    place_of: Callable[[tuple[str, ...]], str],
+    table: tuple[str, ...] = (),
+) -> Iterator[Setting]:
+    """Take nested values apart into checked settings; None is not given."""
+    for key, given in values.items():
+        path = (*table, str(key))
+        place = place_of(path)
+        expected = _type_at(path, place)
+        value = dataclasses.asdict(given) if isinstance(given, Compute) else given
+        if isinstance(value, Mapping) and _is_table(expected):
+            yield from _settings(value, place_of, path)
+        elif value is not None:
+            yield Setting(path, _checked(path, value, expected, place), place)
+
+
+def _flag(path: tuple[str, ...]) -> str:
+    return ".".join((f"--{path[0].replace('_', '-')}", *path[1:]))
+
+
+def _parse_set(text: str) -> Setting:
+    """Read one `key.path=value`."""
+    written, equals, raw = text.partition("=")
+    path = tuple(part.strip() for part in written.split("."))
+    place = f"--set {written.strip()}"
+    if not equals or not all(path):
+        raise ConfigError(f"--set is {text!r}; expected key.path=value")
+    value = _toml_value(raw.strip(), place)
+    if path[0] == "job" and len(path) > 1:
+        path = path[1:]
+    if len(path) > 1:
+        path = (_set_table(path[0], place), *path[1:])
+    expected = _type_at(path, place)
+    if isinstance(value, dict) and _is_table(expected):
+        raise ConfigError(f"{place} is a table; set its keys one by one: {place}.KEY=VALUE")
+    return Setting(path, _checked(path, value, expected, place), place)
+
+
+def _set_table(name: str, place: str) -> str:
+    """Return the option that `--set name.key=…` sets a key of."""
+    if name in KINDS:
+        return f"{name}_params"
+    if name in _hints(JobConfig):
+        return name
+    raise ConfigError(_unknown(place, name, (*KINDS, "compute", "job")))
+
+
+def _toml_value(text: str, place: str) -> Any:
+    """Read a TOML value; what is none and does not start as one is a string."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+        if parsed.keys() == {"value"}:
+            return parsed["value"]
+    except (ValueError, RecursionError) as error:
+        if text[:1] in set("[{\"'"):
+            raise ConfigError(f"{place} is {text!r}, which is no TOML value: {error}") from error
+    if not text:
+        raise ConfigError(f'{place} has no value; expected key.path=value ("" is an empty string)')
+    return text
+
+
+def _check_fields(instance: JobConfig | Compute, table: tuple[str, ...]) -> None:
+    """Check every field of a new instance, and store the values in their plain form."""
+    fields = {
+        option.name: getattr(instance, option.name) for option in dataclasses.fields(instance)
+    }
+    given = {name: value for name, value in fields.items() if not isinstance(value, Compute)}
+    values: dict[str, Any] = {}
+    for setting in _settings(given, ".".join, table):
+        _put(values, dataclasses.replace(setting, path=setting.path[len(table) :]))
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)  # the instance is frozen, but still new
+
+
+def _type_at(path: tuple[str, ...], place: str) -> Any:
+    """Return the type of the option at a path, or refuse the path."""
+    expected: Any = JobConfig
+    for name in path:
+        if isinstance(expected, type) and dataclasses.is_dataclass(expected):
+            hints = _hints(expected)
+            if name not in hints:
+                raise ConfigError(_unknown(place, name, list(hints)))
+            expected = hints[name]
+        elif typing.get_origin(expected) is dict:
+            expected = typing.get_args(expected)[1]
+        elif expected is not Any:
+            raise ConfigError(f"{place} sets a key of an option that is no table")
+    return expected
+
+
+def _is_table(expected: Any) -> bool:
+    return expected is Compute or typing.get_origin(expected) is dict
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _checked(path: tuple[str, ...], value: Any, expected: Any, place: str) -> Any:
+    """Return a value as the option's type, within its range."""
+    plain = _plain(value, place)
+    if expected is Any:
+        return plain
+    if expected is Compute:
+        raise ConfigError(f"{place} is {plain!r}; expected a table")
+    checked = check_value(plain, expected, place)
+    if isinstance(plain, float) and not math.isfinite(plain):
+        raise ConfigError(f"{place} is {plain!r}; expected a finite number")
+    if path[:-1] == ("compute", "slow") and not _WORKER_ID.fullmatch(path[-1]):
+        raise ConfigError(f"{place} names worker {path[-1]!r}; expected a worker's id: 0, 1, …")
+    rule = _RULES.get(path) or _RULES.get(path[:-1])
+    if rule and not rule.holds(checked):
+        raise ConfigError(f"{place} is {plain!r}; expected {rule.text}")
+    return checked
+
+
+def _plain(value: Any, place: str) -> Any:
+    """Return a value as bool, int, float, str, or lists and tables of those; all are copies.
+
+    Numbers of other libraries, paths and tuples are converted; a table's None is left out.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and not _SURROGATE.search(value):
+        return str(value)
+    if isinstance(value, numbers.Integral) and -_INT_LIMIT <= int(value) < _INT_LIMIT:
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        return _number(float(value), place)
+    if isinstance(value, Mapping):
+        items = {_plain(str(key), place): item for key, item in value.items() if item is not None}
+        return {key: _plain(item, f"{place}.{key}") for key, item in items.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{place}[{i}]") for i, item in enumerate(value)]
+    expected = "an integer of 64 bits" if isinstance(value, numbers.Integral) else "a TOML value"
+    raise ConfigError(f"{place} is {value!r}; expected {expected}")
+
+
+def _number(value: float, place: str) -> float:
+    if math.isnan(value):
+        raise ConfigError(f"{place} is nan; expected a number")
+    return value
+
+
+def _unknown(place: str, key: str, known: Sequence[str]) -> str:
+    hint = nearest(key, known) or f"; known: {', '.join(known)}"
+    return f"{place}: no such key{hint}"

@@ -1,0 +1,389 @@
+"""A job's life as two state machines: events in, instructions out, no I/O.
+
+`Job` is the submitter's side: it takes a job through its phases on all nodes. `Member` is one
+node's side: which orders it may follow in which state. Time is an input (`Tick`); nothing here
+waits, sends or reads a clock.
+
+    voting -> preparing -> linking -> running -> finishing -> collecting -> done
+    from everywhere: stopping -> failed | cancelled
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+
+class Order(enum.StrEnum):
+    """What the submitter tells a node."""
+
+    CAN_COMMIT = "can_commit"
+    PREPARE = "prepare"
+    LINK = "link"
+    START = "start"
+    FINISH = "finish"
+    COLLECT = "collect"
+    RELEASE = "release"
+    ABORT = "abort"
+
+
+class Report(enum.StrEnum):
+    """What a node tells the submitter."""
+
+    VOTE = "vote"
+    PREPARED = "prepared"
+    LINKED = "linked"
+    TRAINED = "trained"
+    QUIET = "quiet"
+    COLLECTED = "collected"
+    ABORTED = "aborted"
+    REFUSED = "refused"
+    FAILED = "failed"
+
+
+class Phase(enum.StrEnum):
+    """Where the job as a whole is."""
+
+    NEW = "new"
+    VOTING = "voting"
+    PREPARING = "preparing"
+    LINKING = "linking"
+    RUNNING = "running"
+    FINISHING = "finishing"
+    COLLECTING = "collecting"
+    STOPPING = "stopping"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+ENDS = frozenset({Phase.DONE, Phase.FAILED, Phase.CANCELLED})
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """How a phase begins and ends.
+
+    Attributes:
+        order: what every node is told when it begins.
+        awaited: the report that ends it, once each node has given it.
+        following: the phase after it.
+        patience: seconds without a report after which the job fails; None: for ever (the nodes'
+            own step timeout and the heartbeat watch over training).
+    """
+
+    order: Order
+    awaited: Report
+    following: Phase
+    patience: float | None
+
+
+# Votes and links are one round trip; preparing loads data sets, collecting moves models.
+STAGES = {
+    Phase.VOTING: Stage(Order.CAN_COMMIT, Report.VOTE, Phase.PREPARING, 5.0),
+    Phase.PREPARING: Stage(Order.PREPARE, Report.PREPARED, Phase.LINKING, 120.0),
+    Phase.LINKING: Stage(Order.LINK, Report.LINKED, Phase.RUNNING, 10.0),
+    Phase.RUNNING: Stage(Order.START, Report.TRAINED, Phase.FINISHING, None),
+    Phase.FINISHING: Stage(Order.FINISH, Report.QUIET, Phase.COLLECTING, 30.0),
+    Phase.COLLECTING: Stage(Order.COLLECT, Report.COLLECTED, Phase.DONE, 120.0),
+    Phase.STOPPING: Stage(Order.ABORT, Report.ABORTED, Phase.FAILED, 5.0),
+}
+
+
+# The submitter's side ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """All nodes are reachable; the job may begin."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A node reported."""
+
+    node: int
+    report: Report
+    now: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The link to a node broke, or the node fell silent."""
+
+    node: int
+    reason: str
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A worker evaluated its weights at the end of an epoch."""
+
+    node: int
+    epoch: int
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The submitter wants the job to end."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passes."""
+
+    now: float
+
+
+Event: TypeAlias = Begin | Reported | Lost | Evaluated | Cancel | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send an order to nodes."""
+
+    nodes: tuple[int, ...]
+    order: Order
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Tell the workers whether training goes on after an epoch."""
+
+    nodes: tuple[int, ...]
+    epoch: int
+    stop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Enter:
+    """The job entered a phase."""
+
+    phase: Phase
+
+
+Instruction: TypeAlias = Tell | Verdict | Enter
+
+
+@dataclass
+class Job:
+    """The submitter's view of one job.
+
+    Attributes:
+        workers: ids of the workers; only they train.
+        servers: ids of the servers.
+        target_accuracy: training stops after the epoch whose mean accuracy over the workers
+            reaches it; None: never early.
+        phase: where the job is.
+        missing: nodes whose report the phase still awaits; a subset of the living nodes.
+        error: the first reason why it did not end well.
+        refused: whether that reason is a refusal before anything started.
+        lost: nodes whose links are gone; nothing is sent to them.
+    """
+
+    workers: Sequence[int]
+    servers: Sequence[int] = ()
+    target_accuracy: float | None = None
+    phase: Phase = Phase.NEW
+    missing: set[int] = field(default_factory=set)
+    error: str = ""
+    refused: bool = False
+    lost: set[int] = field(default_factory=set)
+    _heard: float = 0.0
+    _ending: Phase = Phase.FAILED
+    _accuracies: dict[int, dict[int, float]] = field(default_factory=dict)
+
+    def handle(self, event: Event) -> list[Instruction]:
+        """Advance by one event and return what to do about it, in order."""
+        if self.phase in ENDS:
+            return []
+        match event:
+            case Begin(now):
+                return self._enter(Phase.VOTING, now) if self.phase is Phase.NEW else []
+            case Reported():
+                return self._reported(event)
+            case Lost(node, reason, now):
+                return self._lost(node, reason, now)
+            case Evaluated():
+                return self._evaluated(event)
+            case Cancel(now):
+                return self._stop("cancelled by the submitter", now, Phase.CANCELLED)
+            case Tick(now):
+                return self._tick(now)
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """All nodes of the job, servers first."""
+        return (*sorted(self.servers), *sorted(self.workers))
+
+    def _living(self, nodes: Iterable[int]) -> tuple[int, ...]:
+        return tuple(node for node in nodes if node not in self.lost)
+
+    def _enter(self, phase: Phase, now: float) -> list[Instruction]:
+        self.phase = phase
+        self._heard = now
+        if phase in ENDS:
+            release = [Tell(self._living(self.nodes), Order.RELEASE)]
+            return [*(release if phase is Phase.DONE else []), Enter(phase)]
+        awaited = self.workers if phase is Phase.RUNNING else self.nodes
+        self.missing = set(self._living(awaited))
+        return [Enter(phase), Tell(self._living(self.nodes), STAGES[phase].order)]
+
+    def _reported(self, event: Reported) -> list[Instruction]:
+        if event.report in (Report.REFUSED, Report.FAILED):
+            if event.report is Report.REFUSED and not self.error:
+                self.refused = True
+            return self._fail(f"{self._name(event.node)}: {event.reason}", event.now)
+        stage = STAGES.get(self.phase)
+        if stage is None or event.report is not stage.awaited:
+            return []
+        self._heard = event.now
+        self.missing.discard(event.node)
+        return self._advance(event.now)
+
+    def _advance(self, now: float) -> list[Instruction]:
+        if self.missing:
+            return []
+        if self.phase is Phase.STOPPING:
+            return self._enter(self._ending, now)
+        return self._enter(STAGES[self.phase].following, now)
+
+    def _lost(self, node: int, reason: str, now: float) -> list[Instruction]:
+        if node in self.lost:
+            return []
+        self.lost.add(node)
+        self.missing.discard(node)
+        if self.phase is Phase.STOPPING:
+            return self._advance(now)
+        return self._fail(f"{self._name(node)} lost: {reason}", now)
+
+    def _fail(self, reason: str, now: float) -> list[Instruction]:
+        return self._stop(reason, now, Phase.FAILED)
+
+    def _stop(self, reason: str, now: float, ending: Phase) -> list[Instruction]:
+        if self.phase is Phase.STOPPING:
+            return []
+        self.error = reason
+        self._ending = ending
+        if self.phase is Phase.NEW:
+            return self._enter(ending, now)
+        instructions = self._enter(Phase.STOPPING, now)
+        return [*instructions, *self._advance(now)]
+
+    def _evaluated(self, event: Evaluated) -> list[Instruction]:
+        if self.target_accuracy is None or self.phase is not Phase.RUNNING:
+            return []
+        accuracies = self._accuracies.setdefault(event.epoch, {})
+        accuracies[event.node] = event.accuracy
+        if len(accuracies) < len(self.workers):
+            return []
+        mean = sum(accuracies.values()) / len(accuracies)
+        stop = mean >= self.target_accuracy
+        return [Verdict(self._living(self.workers), event.epoch, stop)]
+
+    def _tick(self, now: float) -> list[Instruction]:
+        stage = STAGES.get(self.phase)
+        if stage is None or stage.patience is None or now - self._heard < stage.patience:
+            return []
+        if self.phase is Phase.STOPPING:
+            return self._enter(self._ending, now)
+        names = ", ".join(self._name(node) for node in sorted(self.missing))
+        return self._fail(f"{self.phase}: no answer from {names} in {stage.patience:g} s", now)
+
+    def _name(self, node: int) -> str:
+        return node_name(node)
+
+
+def node_name(node: int) -> str:
+    """Return how messages name a node: `worker 3`, `server -1`."""
+    return f"server {node}" if node < 0 else f"worker {node}"
+
+
+# A node's side -------------------------------------------------------------------------------
+
+
+class Seat(enum.StrEnum):
+    """Where a node is in a job."""
+
+    FREE = "free"
+    PROMISED = "promised"
+    PREPARED = "prepared"
+    LINKED = "linked"
+    RUNNING = "running"
+    QUIET = "quiet"
+    COLLECTED = "collected"
+
+
+# (seat, order) -> the next seat. Whatever is not here is an order out of turn.
+MOVES = {
+    (Seat.FREE, Order.CAN_COMMIT): Seat.PROMISED,
+    (Seat.PROMISED, Order.CAN_COMMIT): Seat.PROMISED,
+    (Seat.PROMISED, Order.PREPARE): Seat.PREPARED,
+    (Seat.PREPARED, Order.LINK): Seat.LINKED,
+    (Seat.LINKED, Order.START): Seat.RUNNING,
+    (Seat.RUNNING, Order.FINISH): Seat.QUIET,
+    (Seat.QUIET, Order.COLLECT): Seat.COLLECTED,
+    **{(seat, Order.RELEASE): Seat.FREE for seat in Seat if seat is not Seat.FREE},
+    **{(seat, Order.ABORT): Seat.FREE for seat in Seat if seat is not Seat.FREE},
+}
+
+# A node that promised itself and hears nothing for this long is free again.
+UNHEARD = 10.0
+
+
+@dataclass
+class Member:
+    """One node's part in at most one job at a time.
+
+    Attributes:
+        seat: where it is.
+        job_id: the job that has the seat; empty when free.
+        since: when that job took it (the caller's words, for messages).
+        heard: when its submitter was last heard.
+    """
+
+    seat: Seat = Seat.FREE
+    job_id: str = ""
+    since: str = ""
+    heard: float = 0.0
+
+    def refusal(self, job_id: str, order: Order) -> str:
+        """Return why an order cannot be followed now; empty if it can."""
+        if self.seat is not Seat.FREE and job_id != self.job_id:
+            return f"busy with job {self.job_id} since {self.since}"
+        if (self.seat, order) not in MOVES:
+            return f"{order} is out of turn: the node is {self.seat}"
+        return ""
+
+    def follow(self, job_id: str, order: Order, now: float, since: str = "") -> None:
+        """Move to the next seat.
+
+        Raises:
+            ValueError: `refusal` gives a reason.
+        """
+        if reason := self.refusal(job_id, order):
+            raise ValueError(reason)
+        if self.seat is Seat.FREE:
+            self.job_id, self.since = job_id, since
+        self.seat = MOVES[self.seat, order]
+        self.heard = now
+        if self.seat is Seat.FREE:
+            self.leave()
+
+    def leave(self) -> None:
+        """Be free again."""
+        self.seat, self.job_id, self.since = Seat.FREE, "", ""
+
+    def abandoned(self, now: float) -> bool:
+        """Tell whether the submitter of a job that has not started has fallen silent."""
+        waiting = self.seat in (Seat.PROMISED, Seat.PREPARED, Seat.LINKED)
+        return waiting and now - self.heard > UNHEARD

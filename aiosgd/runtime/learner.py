@@ -1,0 +1,156 @@
+"""One worker's numeric side: its weights, its samples, and what a block is made of.
+
+Everything here is plain computation that may run in an executor's thread, one call at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from aiosgd.codecs.base import Vector
+from aiosgd.plugins.optimizers import Optimizer
+from aiosgd.runtime.workload import Workload
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What came of one block.
+
+    Attributes:
+        block: its id.
+        value: gradient, update or weights, as the job's exchange says.
+        loss: mean loss over the block, before the step.
+        accuracy: share of the block's samples that were classified rightly.
+        samples: number of samples.
+        seconds: time that the computation took.
+    """
+
+    block: int
+    value: Vector
+    loss: float
+    accuracy: float
+    samples: int
+    seconds: float
+
+
+class Sampler:
+    """Which samples a block of a step has: a function of seed, step, block and nothing else.
+
+    Shared data: each pass over the data is one permutation, cut into global batches, and those
+    into blocks; what is left over after the last whole batch waits for another permutation.
+    Federated data: each worker goes through its own samples, shuffled anew in every pass.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self._load = workload
+        self._order = functools.lru_cache(maxsize=4)(self._permutation)
+
+    def indices(self, step: int, block: int) -> Indices:
+        """Return the sample indices of a block."""
+        size = self._load.job.batch_size
+        if self._load.shares is not None:
+            return self._own(self._load.owners[block][0], step * size, size)
+        epoch, position = divmod(step, self._load.steps_per_epoch)
+        first = (position * self._load.block_count + block) * size
+        return self._order(epoch, -1)[first : first + size]
+
+    def _own(self, worker: int, start: int, count: int) -> Indices:
+        available = len(self._share(worker))
+        parts = []
+        while count:
+            epoch, offset = divmod(start, available)
+            part = self._order(epoch, worker)[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _share(self, worker: int) -> Indices:
+        if self._load.shares is None or worker < 0:
+            return np.arange(len(self._load.data.train_y))
+        return self._load.shares[worker]
+
+    def _permutation(self, epoch: int, worker: int) -> Indices:
+        rng = np.random.default_rng([self._load.job.seed, 1, worker + 1, epoch])
+        return rng.permutation(self._share(worker))
+
+
+class Learner:
+    """A worker's weights and everything that changes them.
+
+    Args:
+        workload: the job's plugins.
+        weights: the initial weights, float32; copied.
+    """
+
+    def __init__(self, workload: Workload, weights: Vector) -> None:
+        self.weights = np.array(weights, dtype=np.float32)
+        self.sampler = Sampler(workload)
+        self._load = workload
+        self._optimizer = workload.make_optimizer()
+        # updates and weights are made locally: then each block has an optimizer of its own, so
+        # that all owners of a block compute the same values
+        self._block_optimizers: dict[int, Optimizer] = {}
+        self._held: tuple[Vector, int] | None = None
+
+    @property
+    def holds_result(self) -> bool:
+        """Whether a result waits to be applied."""
+        return self._held is not None
+
+    def hold(self, result: Vector, step: int) -> None:
+        """Keep a step's result until the next `advance` or `settle` applies it."""
+        self._held = (result, step)
+
+    def settle(self) -> None:
+        """Apply the result that is held, if there is one."""
+        if self._held is not None:
+            self.apply(*self._held)
+            self._held = None
+
+    def advance(self, step: int, block: int) -> Computed:
+        """Apply the result that is held, then compute a block of a step."""
+        started = time.perf_counter()
+        self.settle()
+        value, loss, accuracy, samples = self._compute(step, block)
+        return Computed(block, value, loss, accuracy, samples, time.perf_counter() - started)
+
+    def apply(self, result: Vector, step: int) -> None:
+        """Make a step's result part of the weights."""
+        if self._load.exchange == "gradients":
+            self._optimizer.apply(self.weights, result, step)
+        elif self._load.exchange == "updates":
+            self.weights += result
+        else:
+            self.weights[:] = result
+
+    def evaluate(self) -> tuple[float, float]:
+        """Return (mean loss, accuracy) on the test set."""
+        data = self._load.data
+        return self._load.model.evaluate(self.weights, data.test_x, data.test_y)
+
+    def _compute(self, step: int, block: int) -> tuple[Vector, float, float, int]:
+        data = self._load.data
+        indices = self.sampler.indices(step, block)
+        x, y = data.train_x[indices], data.train_y[indices]
+        gradient = np.empty_like(self.weights)
+        loss, accuracy = self._load.model.gradients(self.weights, x, y, gradient)
+        return self._value(gradient, step, block), loss, accuracy, len(y)
+
+    def _value(self, gradient: Vector, step: int, block: int) -> Vector:
+        if self._load.exchange == "gradients":
+            return gradient
+        optimizer = self._block_optimizers.get(block)
+        if optimizer is None:
+            optimizer = self._block_optimizers[block] = self._load.make_optimizer()
+        value = np.empty_like(gradient)
+        optimizer.delta(self.weights, gradient, step, value)
+        if self._load.exchange == "weights":
+            value += self.weights
+        return value

@@ -1,0 +1,428 @@
+"""One job on one node: the actors around its codecs and, on a worker, the training loop.
+
+What a session needs from the world comes through three narrow things: the running loop's clock,
+a transport and an executor. It never sees a socket, so it runs unchanged on simulated ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from aiosgd.codecs.base import Block, Message, Vector
+from aiosgd.errors import JobFailedError, RemoteProtocolError
+from aiosgd.runtime.actor import Actor
+from aiosgd.runtime.learner import Computed, Learner
+from aiosgd.runtime.results import EVAL, TRAIN, Rows
+from aiosgd.runtime.workload import Workload, group_size
+
+T = TypeVar("T")
+
+# async workers keep at most this many messages unconsumed at any peer: enough to overlap sending
+# with the peer's work, few enough that a slow peer does not see ever staler updates
+WINDOW = 2
+# seconds between two progress reports of a node
+PROGRESS_INTERVAL = 0.2
+
+
+class Transport(Protocol):
+    """Carries messages between the nodes of one job, in order for each pair.
+
+    Attributes:
+        bytes_sent, bytes_received: of messages, headers included.
+    """
+
+    bytes_sent: int
+    bytes_received: int
+
+    def send(self, to: Sequence[int], content: Any) -> int:
+        """Send to each node without waiting; return the bytes sent in all."""
+
+    def consumed(self, sender: int) -> None:
+        """Tell a sender that one of its messages was handled."""
+
+    async def room(self, window: int) -> None:
+        """Wait until no peer has more than `window` of our messages unhandled."""
+
+    async def watch(self) -> None:
+        """Keep links alive and notice dead ones, until cancelled."""
+
+
+class Compute(Protocol):
+    """Runs computations; see runtime.executor."""
+
+    async def compute(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a training computation."""
+
+    async def assist(self, function: Callable[..., T], *args: Any) -> T:
+        """Run heavy work of a codec, or an evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a worker is; loss and accuracy of its newest block, rates since the last report."""
+
+    node: int
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    accuracy: float
+    samples_per_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A worker's loss and accuracy on the test set after an epoch."""
+
+    node: int
+    epoch: int
+    step: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(kw_only=True)
+class Place:
+    """A node's place in a job and what the node lends to it.
+
+    Attributes:
+        node: this node's id.
+        workers, servers: ids of all nodes of the job.
+        report: takes Progress and Evaluation.
+        log: writes a line to the node's log of this job.
+    """
+
+    node: int
+    workers: Sequence[int]
+    servers: Sequence[int]
+    transport: Transport
+    executor: Compute
+    report: Callable[[Progress | Evaluation], None]
+    log: Callable[[str], None]
+
+
+class Session:
+    """One job on one node, from its first block to its last evaluation.
+
+    Args:
+        place: where it runs.
+        workload: the job's plugins.
+        weights: the initial weights.
+
+    Attributes:
+        train, evaluations: the rows that the run leaves behind.
+        samples: how many samples this node computed.
+        train_s: how long training took.
+    """
+
+    def __init__(self, place: Place, workload: Workload, weights: Vector) -> None:
+        self.place = place
+        self.train = Rows(TRAIN)
+        self.evaluations = Rows(EVAL)
+        self.samples = 0
+        self.train_s = 0.0
+        self._load = workload
+        self._learner = Learner(workload, weights) if place.node >= 0 else None
+        self._sizes = [group_size(group) for group in workload.groups]
+        self._offsets = np.cumsum([0, *self._sizes])
+        self._actors = [self._make_actor(group, weights) for group in range(len(self._sizes))]
+        self._verdicts: dict[int, asyncio.Future[bool]] = {}
+        self._stop_early = False
+        self._started_at = 0.0
+        self._mark = _Mark()
+        self._ahead: list[Computed] = []
+        self._trained = asyncio.Event()
+
+    def _make_actor(self, group: int, weights: Vector) -> Actor:
+        place = self.place
+        codec = self._load.make_codec(
+            place.node,
+            group,
+            place.workers,
+            place.servers,
+            weights[self._slice(group)].copy(),
+            executor=place.executor.assist,
+            logger=place.log,
+        )
+
+        def send(to: tuple[int, ...], step: int, content: Any) -> None:
+            if to:
+                place.transport.send(to, [group, step, content])
+
+        return Actor(codec, self._sizes[group], send, place.transport.consumed)
+
+    def _slice(self, group: int) -> slice:
+        return slice(self._offsets[group], self._offsets[group + 1])
+
+    @property
+    def weights(self) -> Vector | None:
+        """The weights that this node holds: a worker's own, or what a server keeps."""
+        if self._learner is not None:
+            return self._learner.weights
+        parts = [actor.codec.weights() for actor in self._actors]
+        kept = [part for part in parts if part is not None]
+        return np.concatenate(kept) if len(kept) == len(parts) else None
+
+    @property
+    def late(self) -> int:
+        """How many messages came too late to be handed over."""
+        return sum(actor.late for actor in self._actors)
+
+    def deliver(self, sender: int, content: Any) -> None:
+        """Take a message from the transport.
+
+        Raises:
+            RemoteProtocolError: it is no codec message.
+        """
+        match content:
+            case [int(group), int(step), inner] if 0 <= group < len(self._actors) and step >= 0:
+                self._actors[group].post(Message(sender, step, inner))
+            case _:
+                raise RemoteProtocolError(f"node {sender} sent something that is no codec message")
+
+    def verdict(self, epoch: int, stop: bool) -> None:
+        """Take the submitter's word on whether training goes on after an epoch."""
+        self._stop_early = self._stop_early or stop
+        future = self._verdict(epoch)
+        if not future.done():
+            future.set_result(stop)
+
+    def _verdict(self, epoch: int) -> asyncio.Future[bool]:
+        loop = asyncio.get_running_loop()
+        return self._verdicts.setdefault(epoch, loop.create_future())
+
+    async def run(self) -> None:
+        """Run until cancelled; `trained` and `quiet` tell how far it is.
+
+        Raises:
+            ExceptionGroup: of what went wrong: CodecError, JobFailedError, PeerLostError, ….
+        """
+        try:
+            for actor in self._actors:
+                actor.start()
+            async with asyncio.TaskGroup() as tasks:
+                for actor in self._actors:
+                    tasks.create_task(actor.run())
+                tasks.create_task(self.place.transport.watch())
+                if self._learner is not None:
+                    tasks.create_task(self._train(self._learner))
+        finally:
+            for actor in self._actors:
+                actor.stop(self.place.log)
+
+    async def trained(self) -> None:
+        """Wait until this worker has taken all its steps."""
+        await self._trained.wait()
+
+    async def quiet(self) -> None:
+        """Wait until everything that this node has sent was handled by its receivers."""
+        await self.place.transport.room(0)
+
+    async def conclude(self) -> None:
+        """Apply what came in after the last step and evaluate the final weights."""
+        learner = self._learner
+        if learner is None:
+            return
+        step = max(0, len(self.train) - 1)
+        if (result := self._newest()) is not None:
+            learner.hold(result, step)
+            await self.place.executor.assist(learner.settle)
+        await self._evaluate(learner, step)
+
+    # training
+
+    async def _train(self, learner: Learner) -> None:
+        self._started_at = self._now()
+        self._mark.time = self._started_at
+        for step in range(self._load.steps):
+            computed = await self._work(learner, step)
+            waiting = self._now()
+            result = await self._outcome(step)
+            self._record(step, computed, self._now() - waiting, fresh=result is not None)
+            if result is not None:
+                await self._hold(learner, result, step)
+            if self._ends_epoch(step) and await self._end_epoch(learner, step):
+                break
+        await self.place.executor.assist(learner.settle)
+        self.train_s = self._now() - self._started_at
+        self._trained.set()
+
+    async def _work(self, learner: Learner, step: int) -> list[Computed]:
+        """Compute this step's blocks and hand each to the codec as soon as it is there.
+
+        With overlap the blocks of this step were computed during the last exchange; they are
+        handed over, and the next step's are computed while this step is exchanged.
+        """
+        if self._load.job.mode == "async":
+            for actor in self._actors:
+                actor.ctx.step = step
+        ready, self._ahead = self._ahead, []
+        for one in ready:
+            self._post(one, step)
+        if not ready:
+            ready = await self._compute(learner, step, hand_over=True)
+        if self._load.job.overlap and step + 1 < self._load.steps:
+            self._ahead = await self._compute(learner, step + 1, hand_over=False)
+        return ready
+
+    async def _compute(self, learner: Learner, step: int, *, hand_over: bool) -> list[Computed]:
+        computed = []
+        for block in self._actors[0].ctx.blocks:
+            if all(actor.finished(step) for actor in self._actors):
+                break  # with redundancy, others may have done our share
+            one = await self.place.executor.compute(learner.advance, step, block)
+            computed.append(one)
+            if hand_over:
+                self._post(one, step)
+        return computed
+
+    async def _outcome(self, step: int) -> Vector | None:
+        """Return the step's result (sync) or the newest, if there is one (async)."""
+        if self._load.job.mode == "sync":
+            return _join([await self._patiently(actor, step) for actor in self._actors])
+        for actor in self._actors:
+            await actor.settled()
+        await self.place.transport.room(WINDOW)
+        return self._newest()
+
+    async def _hold(self, learner: Learner, result: Vector, step: int) -> None:
+        """Keep a result for the next computation to apply: one hop to the executor, not two."""
+        if learner.holds_result:
+            await self.place.executor.assist(learner.settle)
+        learner.hold(result, step)
+
+    def _post(self, computed: Computed, step: int) -> None:
+        for group, actor in enumerate(self._actors):
+            value = computed.value[self._slice(group)]
+            shapes = actor.ctx.shapes
+            actor.post(Block(computed.block, step, value, computed.samples, shapes))
+
+    def _newest(self) -> Vector | None:
+        """Take the newest result of all tensor groups, once each has one."""
+        if not all(actor.codec.is_done for actor in self._actors):
+            return None
+        parts = [actor.newest() for actor in self._actors]
+        return _join([part for part in parts if part is not None])
+
+    async def _patiently(self, actor: Actor, step: int) -> Vector:
+        """Wait for a step's result, let the codec rescue it once, then give up."""
+        limit = self._load.job.step_timeout
+        try:
+            async with asyncio.timeout(limit):
+                return await actor.result()
+        except TimeoutError:
+            self.place.log(f"step {step}: no result after {limit:g} s; asking the codec to rescue")
+        try:
+            async with asyncio.timeout(limit):
+                sent = await actor.rescue()
+                if sent or actor.finished(step):
+                    return await actor.result()
+        except TimeoutError:
+            pass
+        raise JobFailedError(self._overdue(actor, step))
+
+    def _overdue(self, actor: Actor, step: int) -> str:
+        peers = tuple(self.place.servers) or actor.ctx.neighbours
+        silent = ", ".join(map(str, actor.silent(peers))) or "nobody in particular"
+        return (
+            f"step {step} had no result within {self._load.job.step_timeout:g} s; "
+            f"waiting for nodes: {silent}; {actor.explain()}"
+        )
+
+    def _staleness(self) -> int:
+        if self._load.job.mode == "sync":
+            return 0
+        return max(actor.staleness or 0 for actor in self._actors)
+
+    # what a run leaves
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _epoch(self, step: int) -> int:
+        return step // self._load.steps_per_epoch
+
+    def _ends_epoch(self, step: int) -> bool:
+        """Tell whether a step ends an epoch that is not the last: that one `conclude` ends."""
+        return (step + 1) % self._load.steps_per_epoch == 0 and step + 1 < self._load.steps
+
+    async def _end_epoch(self, learner: Learner, step: int) -> bool:
+        """Evaluate; return whether the job's target accuracy is reached."""
+        await self.place.executor.assist(learner.settle)
+        await self._evaluate(learner, step)
+        if self._load.job.target_accuracy is None:
+            return False
+        if self._load.job.mode == "async":
+            return self._stop_early
+        return await self._verdict(self._epoch(step))
+
+    async def _evaluate(self, learner: Learner, step: int) -> None:
+        loss, accuracy = await self.place.executor.assist(learner.evaluate)
+        epoch, node = self._epoch(step), self.place.node
+        self.evaluations.append(node, epoch, step, self._now() - self._started_at, loss, accuracy)
+        self.place.log(f"epoch {epoch}: test loss {loss:.4f}, accuracy {accuracy:.4f}")
+        self.place.report(Evaluation(node, epoch, step, loss, accuracy))
+
+    def _record(self, step: int, computed: list[Computed], wait_s: float, *, fresh: bool) -> None:
+        transport, now = self.place.transport, self._now()
+        count = len(computed) or 1
+        samples = sum(one.samples for one in computed)
+        loss = sum(one.loss for one in computed) / count if computed else np.nan
+        accuracy = sum(one.accuracy for one in computed) / count if computed else np.nan
+        mark = self._mark
+        self.samples += samples
+        self.train.append(
+            self.place.node,
+            step,
+            self._epoch(step),
+            now - self._started_at,
+            loss,
+            accuracy,
+            samples,
+            sum(one.seconds for one in computed),
+            wait_s,
+            transport.bytes_sent - mark.sent,
+            transport.bytes_received - mark.received,
+            self._staleness() if fresh else np.nan,
+        )
+        mark.sent, mark.received = transport.bytes_sent, transport.bytes_received
+        if now - mark.time >= PROGRESS_INTERVAL:
+            self._report_progress(step, loss, accuracy, now)
+
+    def _report_progress(self, step: int, loss: float, accuracy: float, now: float) -> None:
+        mark, elapsed = self._mark, now - self._mark.time
+        traffic = self.place.transport.bytes_sent + self.place.transport.bytes_received
+        self.place.report(
+            Progress(
+                self.place.node,
+                step + 1,
+                self._load.steps,
+                self._epoch(step),
+                loss,
+                accuracy,
+                (self.samples - mark.samples) / elapsed,
+                (traffic - mark.traffic) / elapsed,
+            )
+        )
+        mark.time, mark.samples, mark.traffic = now, self.samples, traffic
+
+
+@dataclass(slots=True)
+class _Mark:
+    """Counters as they were at the last row (sent, received) and the last progress report."""
+
+    time: float = 0.0
+    samples: int = 0
+    traffic: int = 0
+    sent: int = 0
+    received: int = 0
+
+
+def _join(parts: list[Vector]) -> Vector:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,0 +1,331 @@
+"""A job's plugins, loaded and checked: what the submitter checks and every node builds from."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from aiosgd.codecs.base import Codec, Context, Exchange, Vector
+from aiosgd.errors import ConfigError, PluginLoadError
+from aiosgd.plugins.compressors import Compressor
+from aiosgd.plugins.datasets import Data, DataFile, Dataset
+from aiosgd.plugins.kinds import (
+    ASSIGNMENTS,
+    CODECS,
+    COMPRESSORS,
+    DATASETS,
+    KINDS,
+    MODELS,
+    OPTIMIZERS,
+    PARTITIONS,
+    TRACKERS,
+)
+from aiosgd.plugins.models import Model
+from aiosgd.plugins.optimizers import Optimizer
+from aiosgd.plugins.registry import Entry, describe, make_params
+from aiosgd.runtime.config import JobConfig
+
+Group = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Everything that a job's configuration names, checked against each other.
+
+    Attributes:
+        codec, server_codec: the codec classes of workers and servers.
+        exchange: what blocks and results are.
+        owners: for each block, the workers that compute it.
+        shares: each worker's sample indices; None where all workers see all samples.
+        steps_per_epoch, steps: per worker.
+        groups: tensor groups in order; each maps its parameters to their shapes. One codec
+            instance per group and node.
+    """
+
+    job: JobConfig
+    codec: type[Codec]
+    codec_params: Any
+    server_codec: type[Codec] | None
+    server_params: Any
+    exchange: Exchange
+    compressor: type[Compressor]
+    compressor_params: Any
+    optimizer: type[Optimizer]
+    optimizer_params: Any
+    model: Model
+    data: Data
+    owners: tuple[tuple[int, ...], ...]
+    shares: list[npt.NDArray[np.int64]] | None
+    steps_per_epoch: int
+    steps: int
+    groups: tuple[Group, ...]
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks in a global batch."""
+        return len(self.owners)
+
+    def initial(self) -> Vector:
+        """Return the weights that every node starts with."""
+        return self.model.initial(np.random.default_rng([self.job.seed, 0]))
+
+    def make_optimizer(self) -> Optimizer:
+        """Return a fresh optimizer for the whole parameter vector."""
+        return self.optimizer(
+            self.optimizer_params, self.job.learning_rate, self.model.size, self.steps
+        )
+
+    def make_codec(
+        self,
+        node: int,
+        group: int,
+        workers: Sequence[int],
+        servers: Sequence[int],
+        initial: Vector,
+        **tools: Any,
+    ) -> Codec:
+        """Return the codec of one node and tensor group, with its context; not started yet.
+
+        Args:
+            initial: the initial weights of this tensor group.
+            tools: the context's `executor` and `logger`.
+        """
+        seed = [self.job.seed, 2, node + 1_000_000, group]
+        rng, compressor_rng = (np.random.default_rng([*seed, i]) for i in range(2))
+        role = "server" if node < 0 else "worker"
+        kind = self.server_codec if role == "server" and self.server_codec else self.codec
+        ctx = Context(
+            node=node,
+            role="server" if node < 0 else "worker",
+            workers=tuple(workers),
+            servers=tuple(servers),
+            server=servers[group % len(servers)] if servers else None,
+            block_owners=self.owners,
+            mode=self.job.mode,
+            steps=self.steps,
+            params=self.server_params if role == "server" else self.codec_params,
+            rng=rng,
+            initial=initial,
+            shapes=self.groups[group],
+            compressor=self.compressor(self.compressor_params, compressor_rng),
+            **tools,
+        )
+        return kind.create(ctx)
+
+
+def group_size(group: Group) -> int:
+    """Return the number of elements of a tensor group."""
+    return sum(int(np.prod(shape, dtype=np.int64)) for shape in group.values())
+
+
+# Loading -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codecs:
+    """The codec classes of a job, before anything else is loaded."""
+
+    codec: type[Codec]
+    server_codec: type[Codec] | None
+
+
+def load_codecs(job: JobConfig, sources: Mapping[str, Path] | None = None) -> Codecs:
+    """Load the job's codec and its server half.
+
+    Args:
+        job: the job.
+        sources: where the file of a FILE.py:CLASS codec is on this machine, if not at its name.
+    """
+    codec = _load_codec(job.codec, sources)
+    server = _load_codec(job.server_codec, sources) if job.server_codec else codec.server
+    return Codecs(codec=codec, server_codec=server)
+
+
+def is_file_codec(name: str) -> bool:
+    """Tell whether a codec is given as FILE.py:CLASS."""
+    return ".py:" in name
+
+
+def _load_codec(name: str, sources: Mapping[str, Path] | None) -> type[Codec]:
+    if not is_file_codec(name):
+        return CODECS.load(name)
+    file, _, class_name = name.rpartition(":")
+    path = (sources or {}).get(name, Path(file))
+    if not path.is_file():
+        raise ConfigError(f"codec {name!r}: there is no file {file}")
+    return CODECS.check(_class_from_file(path, class_name, name), f"codec {name!r}")
+
+
+def _class_from_file(path: Path, class_name: str, name: str) -> object:
+    spec = importlib.util.spec_from_file_location(f"aiosgd_codec_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise PluginLoadError(f"codec {name!r}: {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise PluginLoadError(f"codec {name!r} cannot be loaded: {describe(error)}") from error
+    if not hasattr(module, class_name):
+        raise PluginLoadError(f"codec {name!r}: {path.name} has no class {class_name!r}")
+    return getattr(module, class_name)
+
+
+def make_dataset(job: JobConfig, data_dir: Path) -> Dataset:
+    """Return the job's data set, not loaded yet."""
+    kind = DATASETS.load(job.dataset)
+    return kind(make_params(kind, job.dataset_params, "dataset"), data_dir)
+
+
+def dataset_files(job: JobConfig, data_dir: Path) -> list[DataFile]:
+    """Return the files that the job's data set needs, as this machine has them."""
+    return make_dataset(job, data_dir).files()
+
+
+def plugins_of(job: JobConfig) -> list[Entry]:
+    """Return the plugins that a job names: what nodes must have in the same version."""
+    names = {kind: getattr(job, kind) for kind in KINDS if hasattr(job, kind)}
+    chosen = [("codec", job.server_codec), *names.items()]
+    return [
+        KINDS[kind].entry(name)
+        for kind, name in chosen
+        if name is not None and not is_file_codec(name)
+    ]
+
+
+def load(
+    job: JobConfig,
+    workers: int,
+    data_dir: Path,
+    *,
+    paths: Mapping[str, Path] | None = None,
+    sources: Mapping[str, Path] | None = None,
+) -> Workload:
+    """Load and check everything that a job names.
+
+    Args:
+        job: the job.
+        workers: how many workers it runs on.
+        data_dir: this machine's folder for data.
+        paths: where the data set's files are; None: where the data set finds them.
+        sources: as in `load_codecs`.
+
+    Raises:
+        ConfigError: values that do not fit together; the message says which and what would.
+        PluginError: a plugin is missing or broken.
+    """
+    codecs = load_codecs(job, sources)
+    _check_codec(job, codecs)
+    for tracker in job.trackers:
+        TRACKERS.load(tracker)
+    compressor, optimizer = COMPRESSORS.load(job.compressor), OPTIMIZERS.load(job.optimizer)
+    data = _load_data(job, data_dir, paths)
+    model_class = MODELS.load(job.model)
+    model = model_class(
+        make_params(model_class, job.model_params, "model"), data.inputs, data.classes
+    )
+    owners = _owners(job, workers)
+    per_epoch = _steps_per_epoch(job, len(owners), len(data.train_y))
+    return Workload(
+        job=job,
+        codec=codecs.codec,
+        codec_params=make_params(codecs.codec, job.codec_params, "codec"),
+        server_codec=codecs.server_codec,
+        server_params=_server_params(job, codecs),
+        exchange=job.exchange or codecs.codec.exchange,
+        compressor=compressor,
+        compressor_params=make_params(compressor, job.compressor_params, "compressor"),
+        optimizer=optimizer,
+        optimizer_params=make_params(optimizer, job.optimizer_params, "optimizer"),
+        model=model,
+        data=data,
+        owners=owners,
+        shares=_shares(job, workers, data),
+        steps_per_epoch=per_epoch,
+        steps=min(job.epochs * per_epoch, job.max_steps or job.epochs * per_epoch),
+        groups=_groups(model.shapes, job.granularity),
+    )
+
+
+def _load_data(job: JobConfig, data_dir: Path, paths: Mapping[str, Path] | None) -> Data:
+    dataset = make_dataset(job, data_dir)
+    return dataset.load(
+        {file.name: file.path for file in dataset.files()} if paths is None else paths
+    )
+
+
+def _server_params(job: JobConfig, codecs: Codecs) -> Any:
+    """Return the server half's parameters: its own, or the worker's where it declares none."""
+    if codecs.server_codec is None:
+        return None
+    if job.server_codec_params or hasattr(codecs.server_codec, "Params"):
+        return make_params(codecs.server_codec, job.server_codec_params, "server_codec")
+    return make_params(codecs.codec, job.codec_params, "codec")
+
+
+def _check_codec(job: JobConfig, codecs: Codecs) -> None:
+    codec = codecs.codec
+    if job.mode not in codec.modes:
+        raise ConfigError(
+            f"codec {job.codec!r} is not made for mode {job.mode!r}; it has: "
+            f"{', '.join(codec.modes)}"
+        )
+    if job.compressor != "none" and not codec.compresses:
+        raise ConfigError(
+            f"compressor {job.compressor!r} has no effect: codec {job.codec!r} compresses nothing"
+        )
+    if job.overlap and job.mode == "async":
+        raise ConfigError("overlap is for mode 'sync'; async workers never wait for an exchange")
+    if job.overlap and (job.exchange or codec.exchange) == "weights":
+        raise ConfigError(
+            "overlap cannot be used with exchange 'weights': a step's weights would be lost; "
+            "use gradients or updates"
+        )
+
+
+def _owners(job: JobConfig, workers: int) -> tuple[tuple[int, ...], ...]:
+    kind = ASSIGNMENTS.load(job.assignment)
+    assignment = kind(make_params(kind, job.assignment_params, "assignment"))
+    return assignment.owners(workers, job.redundancy)
+
+
+def _shares(job: JobConfig, workers: int, data: Data) -> list[npt.NDArray[np.int64]] | None:
+    kind = PARTITIONS.load(job.partition)
+    partition = kind(make_params(kind, job.partition_params, "partition"))
+    if kind.shared:
+        return None
+    if job.redundancy > 1:
+        raise ConfigError(
+            f"redundancy {job.redundancy} needs partition 'shared': with {job.partition!r} a "
+            "worker does not see the samples of another's block"
+        )
+    return partition.split(data.train_y, workers, np.random.default_rng([job.seed, 3]))
+
+
+def _steps_per_epoch(job: JobConfig, blocks: int, samples: int) -> int:
+    batch = blocks * job.batch_size
+    if batch > samples:
+        raise ConfigError(
+            f"batch_size {job.batch_size} x {blocks} blocks = {batch} samples per step, but the "
+            f"data set has {samples}; use a batch_size of at most {samples // blocks}"
+        )
+    return samples // batch
+
+
+def _groups(shapes: Group, granularity: str | int) -> tuple[Group, ...]:
+    """Cut the parameters into tensor groups, in order."""
+    if granularity == "model":
+        return (dict(shapes),)
+    limit = 0 if granularity == "tensor" else int(granularity)
+    groups: list[dict[str, tuple[int, ...]]] = []
+    for name, shape in shapes.items():
+        if groups and 4 * (group_size(groups[-1]) + group_size({name: shape})) <= limit:
+            groups[-1][name] = shape
+        else:
+            groups.append({name: shape})
+    return tuple(groups)

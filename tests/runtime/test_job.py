@@ -1,0 +1,247 @@
+"""The job's life: every phase and seat against every event, and the stories users live through."""
+
+import itertools
+
+import pytest
+
+from aiosgd.runtime.job import (
+    ENDS,
+    MOVES,
+    STAGES,
+    UNHEARD,
+    Begin,
+    Cancel,
+    Enter,
+    Evaluated,
+    Job,
+    Lost,
+    Member,
+    Order,
+    Phase,
+    Report,
+    Reported,
+    Seat,
+    Tell,
+    Tick,
+    Verdict,
+)
+
+NODES = (-1, 0, 1)
+ROAD = [
+    (Phase.VOTING, Report.VOTE),
+    (Phase.PREPARING, Report.PREPARED),
+    (Phase.LINKING, Report.LINKED),
+    (Phase.RUNNING, Report.TRAINED),
+    (Phase.FINISHING, Report.QUIET),
+    (Phase.COLLECTING, Report.COLLECTED),
+]
+
+
+def job(**options) -> Job:
+    return Job(workers=(0, 1), servers=(-1,), **options)
+
+
+def at(phase: Phase) -> Job:
+    """Return a job that has just entered a phase."""
+    one = job()
+    if phase is Phase.NEW:
+        return one
+    one.handle(Begin(0))
+    if phase is Phase.CANCELLED:
+        one.handle(Cancel(0))
+        for node in NODES:
+            one.handle(Reported(node, Report.ABORTED, 0))
+    if phase in (Phase.STOPPING, Phase.FAILED):
+        one.handle(Reported(0, Report.FAILED, 0, "boom"))
+    if phase is Phase.FAILED:
+        for node in NODES:
+            one.handle(Reported(node, Report.ABORTED, 0))
+    for stage, report in ROAD:
+        if one.phase is phase or one.phase is not stage:
+            break
+        for node in NODES:
+            one.handle(Reported(node, report, 0))
+    assert one.phase is phase
+    return one
+
+
+EVENTS = [
+    Begin(1),
+    Cancel(1),
+    Tick(1),
+    Tick(1e6),
+    Lost(0, "gone", 1),
+    Lost(-1, "gone", 1),
+    Evaluated(0, 0, 1.0),
+    *(Reported(node, report, 1, "why") for node in (0, -1) for report in Report),
+]
+
+
+@pytest.mark.parametrize(("phase", "event"), itertools.product(Phase, EVENTS), ids=str)
+def test_every_phase_takes_every_event_and_keeps_its_invariants(phase, event):
+    one = at(phase)
+    instructions = one.handle(event)
+    assert one.missing <= set(NODES) - one.lost
+    for instruction in instructions:
+        if isinstance(instruction, Tell):
+            assert not set(instruction.nodes) & one.lost
+    if phase in ENDS:
+        assert instructions == []
+        assert one.phase is phase
+    if one.phase in (Phase.FAILED, Phase.STOPPING, Phase.CANCELLED):
+        assert one.error
+    entered = [i.phase for i in instructions if isinstance(i, Enter)]
+    assert one.phase is (entered[-1] if entered else phase)
+
+
+def test_a_job_goes_through_its_phases_in_order():
+    one = job()
+    assert one.handle(Begin(0)) == [Enter(Phase.VOTING), Tell(NODES, Order.CAN_COMMIT)]
+    for (phase, report), (_, following) in itertools.pairwise([*ROAD, (None, None)]):
+        assert one.phase is phase
+        reporting = (0, 1) if phase is Phase.RUNNING else NODES
+        for node in reporting[:-1]:
+            assert one.handle(Reported(node, report, 0)) == []
+        instructions = one.handle(Reported(reporting[-1], report, 0))
+        assert instructions[0] == Enter(one.phase) or following is None
+    assert one.phase is Phase.DONE
+    assert instructions == [Tell(NODES, Order.RELEASE), Enter(Phase.DONE)]
+
+
+def test_only_workers_decide_when_training_is_over():
+    one = at(Phase.RUNNING)
+    assert one.missing == {0, 1}
+
+
+def test_a_vote_that_comes_twice_counts_once():
+    one = at(Phase.VOTING)
+    for _ in range(5):
+        one.handle(Reported(0, Report.VOTE, 0))
+    assert one.phase is Phase.VOTING
+    assert one.missing == {-1, 1}
+
+
+def test_a_late_vote_does_not_count_as_anything_else():
+    one = at(Phase.PREPARING)
+    assert one.handle(Reported(0, Report.VOTE, 0)) == []
+    assert one.missing == {-1, 0, 1}
+
+
+def test_the_first_reason_is_kept():
+    one = at(Phase.RUNNING)
+    one.handle(Reported(1, Report.FAILED, 0, "the codec raised"))
+    one.handle(Reported(0, Report.FAILED, 0, "worker 1 lost"))
+    one.handle(Lost(0, "closed", 0))
+    assert one.error == "worker 1: the codec raised"
+    assert not one.refused
+
+
+def test_a_refusal_is_told_from_a_failure():
+    one = at(Phase.VOTING)
+    instructions = one.handle(Reported(1, Report.REFUSED, 0, "busy with job X"))
+    assert one.refused
+    assert one.error == "worker 1: busy with job X"
+    assert Tell(NODES, Order.ABORT) in instructions
+
+
+def test_a_lost_node_is_not_waited_for_when_stopping():
+    one = at(Phase.RUNNING)
+    one.handle(Lost(1, "connection reset", 0))
+    assert one.phase is Phase.STOPPING
+    assert one.error == "worker 1 lost: connection reset"
+    one.handle(Reported(-1, Report.ABORTED, 0))
+    one.handle(Reported(0, Report.ABORTED, 0))
+    assert one.phase is Phase.FAILED
+
+
+def test_stopping_ends_at_once_when_nobody_is_left():
+    one = Job(workers=(0,))
+    one.handle(Begin(0))
+    assert one.handle(Lost(0, "closed", 0))[-1] == Enter(Phase.FAILED)
+
+
+def test_stopping_ends_even_if_nobody_answers():
+    one = at(Phase.STOPPING)
+    patience = STAGES[Phase.STOPPING].patience
+    assert one.handle(Tick(patience - 0.1)) == []
+    assert one.handle(Tick(patience)) == [Enter(Phase.FAILED)]
+
+
+@pytest.mark.parametrize("phase", [p for p in STAGES if STAGES[p].patience and p != "stopping"])
+def test_a_phase_without_answers_fails_and_names_who_is_missing(phase):
+    one = at(phase)
+    one.handle(Reported(0, STAGES[phase].awaited, 1.0))
+    assert one.handle(Tick(STAGES[phase].patience + 0.9)) == []
+    one.handle(Tick(STAGES[phase].patience + 1.0))
+    assert one.phase is Phase.STOPPING
+    assert "server -1, worker 1" in one.error
+
+
+def test_training_may_take_for_ever():
+    one = at(Phase.RUNNING)
+    assert one.handle(Tick(1e9)) == []
+
+
+def test_cancelling_collects_the_logs_first():
+    one = at(Phase.RUNNING)
+    assert one.handle(Cancel(0)) == [Enter(Phase.STOPPING), Tell(NODES, Order.ABORT)]
+    for node in NODES:
+        instructions = one.handle(Reported(node, Report.ABORTED, 0))
+    assert instructions == [Enter(Phase.CANCELLED)]
+
+
+def test_cancelling_before_the_start_tells_nobody():
+    one = job()
+    assert one.handle(Cancel(0)) == [Enter(Phase.CANCELLED)]
+
+
+@pytest.mark.parametrize(("accuracies", "stop"), [((0.9, 0.8), False), ((0.97, 0.93), True)])
+def test_the_mean_accuracy_decides_about_an_early_end(accuracies, stop):
+    one = at(Phase.RUNNING)
+    one.target_accuracy = 0.95
+    assert one.handle(Evaluated(0, 3, accuracies[0])) == []
+    assert one.handle(Evaluated(1, 3, accuracies[1])) == [Verdict((0, 1), 3, stop)]
+
+
+def test_epochs_are_judged_one_by_one():
+    one = at(Phase.RUNNING)
+    one.target_accuracy = 0.95
+    assert one.handle(Evaluated(0, 3, 1.0)) == []
+    assert one.handle(Evaluated(1, 4, 1.0)) == []
+
+
+# a node's side
+
+
+@pytest.mark.parametrize(("seat", "order"), itertools.product(Seat, Order))
+def test_a_seat_follows_the_orders_of_the_table_and_no_others(seat, order):
+    member = Member(seat, "job-a" if seat is not Seat.FREE else "")
+    if (seat, order) in MOVES:
+        member.follow("job-a", order, 1.0, "noon")
+        assert member.seat is MOVES[seat, order]
+        assert member.job_id == ("" if member.seat is Seat.FREE else "job-a")
+    else:
+        with pytest.raises(ValueError, match="out of turn"):
+            member.follow("job-a", order, 1.0)
+        assert member.seat is seat
+
+
+@pytest.mark.parametrize(("seat", "order"), itertools.product(set(Seat) - {Seat.FREE}, Order))
+def test_another_job_is_told_that_the_node_is_busy(seat, order):
+    member = Member(seat, "job-a", since="12:00:00")
+    assert member.refusal("job-b", order) == "busy with job job-a since 12:00:00"
+
+
+def test_a_repeated_question_gets_the_same_answer():
+    member = Member()
+    member.follow("job-a", Order.CAN_COMMIT, 0.0, "noon")
+    member.follow("job-a", Order.CAN_COMMIT, 1.0, "later")
+    assert (member.seat, member.since) == (Seat.PROMISED, "noon")
+
+
+@pytest.mark.parametrize("seat", Seat)
+def test_only_a_job_that_has_not_started_is_abandoned(seat):
+    member = Member(seat, "job-a", heard=100.0)
+    waiting = seat in (Seat.PROMISED, Seat.PREPARED, Seat.LINKED)
+    assert member.abandoned(100.0 + UNHEARD) is False
+    assert member.abandoned(100.0 + UNHEARD + 0.1) is waiting
