@@ -48,7 +48,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _globals(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
-    version: Annotated[
+    _show_version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
@@ -115,12 +115,13 @@ def _with_job_options(command: Callable[..., None]) -> Callable[..., None]:
             options["granularity"] = int(options["granularity"])
         command(options=options, **kwargs)
 
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values()]
+    own = inspect.signature(command, eval_str=True).parameters.values()
     wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [p for p in own if p.name != "options"] + [_parameter(name) for name in JOB_OPTIONS]
     )
     wrapped.__annotations__ = {
-        p.name: p.annotation for p in wrapped.__signature__.parameters.values()  # type: ignore[attr-defined]
+        p.name: p.annotation
+        for p in wrapped.__signature__.parameters.values()  # type: ignore[attr-defined]
     }
     return wrapped
 
@@ -136,14 +137,14 @@ def _parameter(name: str) -> inspect.Parameter:
 
 
 Sets = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY.PATH=VALUE",
         help="A plugin's parameter: codec.turn=150, model.hidden=[128,128], optimizer.momentum=0.9",
     ),
 ]
-DataDir = Annotated[Optional[Path], typer.Option(help="Folder for data sets.")]
+DataDir = Annotated[Path | None, typer.Option(help="Folder for data sets.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 
@@ -222,7 +223,7 @@ def node(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 9000,
     run_dir: Annotated[
-        Optional[Path], typer.Option(help="Where this node keeps its copy of each job.")
+        Path | None, typer.Option(help="Where this node keeps its copy of each job.")
     ] = None,
     data_dir: DataDir = None,
     allow_code: Annotated[
@@ -235,7 +236,8 @@ def node(
     until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Run a node until it is interrupted."""
-    from aiosgd.runtime.node import Node, Settings
+    from aiosgd.runtime.node import Node
+    from aiosgd.runtime.part import Settings
 
     _check_listen(host, port, insecure)
     settings = Settings(
@@ -320,7 +322,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 @_reported
 def plugins(
     words: Annotated[
-        Optional[list[str]], typer.Argument(metavar="[KIND] | show KIND NAME", help="What to list.")
+        list[str] | None, typer.Argument(metavar="[KIND] | show KIND NAME", help="What to list.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -332,7 +334,9 @@ def plugins(
             facts = catalogue.describe_plugin(kind, name)
             print(json.dumps(facts, indent=2) if as_json else catalogue.page(facts))
         case ["show", *_]:
-            raise ConfigError("plugins show takes a kind and a name: aiosgd plugins show codec plain")
+            raise ConfigError(
+                "plugins show takes a kind and a name: aiosgd plugins show codec plain"
+            )
         case [] | [_]:
             rows = catalogue.list_plugins(*(words or []))
             print(json.dumps(rows, indent=2) if as_json else catalogue.table(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -34,7 +34,7 @@ class Display:
         self._evaluations: dict[int, Evaluation] = {}
         self._next_line = 0.0
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Self:
         if self._lively:
             self._live.start()
         return self
@@ -107,7 +107,7 @@ class Display:
             str(progress.epoch + 1),
             f"{progress.loss:.4f}",
             f"{progress.accuracy:.4f}",
-            f"{evaluation.accuracy:.4f}" if evaluation else "–",
+            f"{evaluation.accuracy:.4f}" if evaluation else "-",
             f"{progress.samples_per_s:,.0f}",
             size(progress.bytes_per_s),
         ]

@@ -14,6 +14,7 @@ array must not change, and messages meet a node in the step that they belong to.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -21,23 +22,18 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from aiosgd.codecs.base import (
-    Array,
-    Block,
-    Codec,
-    Context,
-    Envelope,
-    Message,
-    Mode,
-    Vector,
-    envelopes,
-)
+from aiosgd.codecs.base import Array, Block, Codec, Context, Envelope, Message, Mode, envelopes
 from aiosgd.errors import CodecError, ConfigError, JobFailedError
 from aiosgd.plugins.registry import describe, make_params
 
-Values: TypeAlias = Mapping[int, "npt.ArrayLike | Mapping[int, npt.ArrayLike]"]
-Results: TypeAlias = dict[int, Any]
-Feed: TypeAlias = Callable[[int, int], Mapping[int, npt.ArrayLike]]
+Feed: TypeAlias = Callable[[int, int], Mapping[int, npt.ArrayLike]]  # worker, step -> blocks
+
+
+# types that arrive as themselves even if a subclass was sent, each with its condition
+_PLAIN: dict[type, Callable[[Any], bool]] = {
+    int: lambda number: -(2**63) <= number < 2**64,
+    **dict.fromkeys((float, str), lambda _: True),
+}
 
 
 class Sent(NamedTuple):
@@ -47,16 +43,6 @@ class Sent(NamedTuple):
     to: int
     step: int
     content: Any
-
-
-class Pending(NamedTuple):
-    """Something that may happen next: a message is delivered, or a worker hands in a block.
-
-    `sender` is None for a worker's own next block.
-    """
-
-    sender: int | None
-    to: int
 
 
 class _Parcel(NamedTuple):
@@ -75,15 +61,13 @@ class LocalCluster:
         server_codec: what the servers run; the codec's own server half by default.
         redundancy: how many workers compute each block; every subset of that size owns one block.
         owners: for each block the workers that compute it, instead of `redundancy`.
-        mode: `sync` or `async`.
         params: the codec's parameters, as a job gives them.
         server_params: the server codec's, if it has its own; otherwise it gets the worker's.
         initial: the initial weights. With them, results of another shape are refused.
-        shapes: the parameters that the vectors are made of, name -> shape.
-        steps: `ctx.steps`, for codecs that do something special in the last one.
         seed: decides the order of everything, and seeds `ctx.rng`.
         fifo: whether each link keeps its order, as TCP does.
         compressor: makes each node's compressor from a random generator.
+        facts: more of the context: `steps` for codecs that end in a special way, `shapes`, ….
 
     Attributes:
         codecs: node id -> codec, started.
@@ -108,41 +92,35 @@ class LocalCluster:
         params: Mapping[str, Any] | None = None,
         server_params: Mapping[str, Any] | None = None,
         initial: npt.ArrayLike = (),
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
-        steps: int = 0,
         seed: int = 0,
         fifo: bool = True,
         compressor: Callable[[np.random.Generator], Any] | None = None,
+        **facts: Any,
     ) -> None:
         if mode not in codec.modes:
             raise ConfigError(f"mode is {mode!r}; {codec.__name__} is made for {codec.modes}")
-        server_codec = server_codec or codec.server
-        if servers is None:
-            servers = 1 if server_codec else 0
-        own = make_params(codec, params or {}, "codec")
-        theirs = own
-        if server_codec and (server_params or hasattr(server_codec, "Params")):
-            theirs = make_params(server_codec, server_params or {}, "server_codec")
+        server = server_codec or codec.server or codec
+        count = int(server is not codec) if servers is None else servers
+        own = theirs = make_params(codec, params or {}, "codec")
+        if server is not codec and (server_params or hasattr(server, "Params")):
+            theirs = make_params(server, server_params or {}, "server_codec")
         self.workers = tuple(range(workers))
-        self.servers = tuple(-1 - i for i in range(servers))
-        self.steps = steps
+        self.servers = tuple(range(-1, -1 - count, -1))
         self.late = 0
         self.sent: list[Sent] = []
-        self.results: list[Results] = []
-        self._mode = mode
-        self._fifo = fifo
-        self._initial = vector(initial)
+        self.results: list[dict[int, Any]] = []
+        self.codecs: dict[int, Codec] = {}
+        self._mode, self._fifo = mode, fifo
+        self._initial = frozen(vector(initial))
         self._rng = np.random.default_rng(seed)
         self._feeds: list[Feed] = []
         self._blocks: dict[int, deque[Block]] = {worker: deque() for worker in self.workers}
         self._links: dict[tuple[int, int], list[_Parcel]] = {}
         self._rescued: set[tuple[int, int]] = set()  # (worker, step)
-        if owners is None:
-            owners = list(itertools.combinations(self.workers, redundancy))
-
-        def create(node: int) -> Codec:
+        owners = owners or list(itertools.combinations(self.workers, redundancy))
+        for node in (*self.workers, *self.servers):
             rng = np.random.default_rng([seed, node % 2**32])
-            ctx = Context(
+            context = Context(
                 node=node,
                 role="server" if node < 0 else "worker",
                 workers=self.workers,
@@ -150,35 +128,26 @@ class LocalCluster:
                 server=self.servers[0] if self.servers else None,
                 block_owners=tuple(map(tuple, owners)),
                 mode=mode,
-                steps=steps,
                 params=theirs if node < 0 else own,
                 rng=rng,
                 initial=self._initial,
-                shapes=shapes or {},
                 compressor=compressor(rng) if compressor else None,
+                **facts,
             )
-            return ((server_codec or codec) if node < 0 else codec).create(ctx)
-
-        self.codecs = {node: create(node) for node in (*self.workers, *self.servers)}
-        for one in self.codecs.values():
-            one.start()
+            self.codecs[node] = (server if node < 0 else codec).create(context)
+            self.codecs[node].start()
 
     def __repr__(self) -> str:
-        name = type(self.codecs[0]).__name__
+        name, pending = type(self.codecs[0]).__name__, len(self.pending)
         steps = [self._step(worker) for worker in self.workers]
-        return f"LocalCluster({name}, {self._mode}, steps {steps}, {len(self.pending)} pending)"
+        return f"LocalCluster({name}, {self._mode}, in steps {steps}, {pending} pending)"
 
-    # playing whole steps
-
-    async def step(self, values: Values) -> Results:
-        """Let every worker take one step.
+    async def step(self, values: Mapping[int, Any]) -> dict[int, Any]:
+        """Let every worker take one step, and return worker id -> result.
 
         Args:
             values: worker id -> the value of each of its blocks, or block id -> value. A worker
                 that is left out hands in nothing and still waits for the result.
-
-        Returns:
-            Worker id -> result.
 
         Raises:
             CodecError: a hook broke its contract.
@@ -189,13 +158,13 @@ class LocalCluster:
         return self.results[-1]
 
     async def run(
-        self, values: Callable[[int, int], npt.ArrayLike], steps: int | None = None
-    ) -> list[Results]:
+        self, values: Callable[[int, int], npt.ArrayLike], steps: int
+    ) -> list[dict[int, Any]]:
         """Let every worker take several steps, each as far ahead as the codec lets it.
 
         Args:
             values: (step, block id) -> value.
-            steps: how many; by default those that are left of the job's `steps`.
+            steps: how many.
 
         Returns:
             For each step, worker id -> result. In async mode the last step's results contain
@@ -204,35 +173,29 @@ class LocalCluster:
         Raises:
             CodecError, JobFailedError: as `step`.
         """
-        first = len(self.results)
-        count = self.steps - first if steps is None else steps
-        self._extend(
-            lambda worker, step: {b: values(step, b) for b in self._ctx(worker).blocks}, count
-        )
+
+        def feed(worker: int, step: int) -> Mapping[int, npt.ArrayLike]:
+            return {block: values(step, block) for block in self.codecs[worker].ctx.blocks}
+
+        self._extend(feed, steps)
         await self.finish()
-        return self.results[first:]
+        return self.results[-steps:] if steps else []
 
-    # playing by hand
-
-    def begin(self, values: Values) -> None:
+    def begin(self, values: Mapping[int, Any]) -> None:
         """Give the workers the blocks of their next step, as `step` does; hand in none yet."""
 
         def feed(worker: int, _step: int) -> Mapping[int, npt.ArrayLike]:
-            if worker not in values:
-                return {}
-            value = values[worker]
-            if isinstance(value, Mapping):
-                return value
-            return dict.fromkeys(self._ctx(worker).blocks, value)
+            value = values.get(worker, {})
+            own = self.codecs[worker].ctx.blocks
+            return value if isinstance(value, Mapping) else dict.fromkeys(own, value)
 
         self._extend(feed, 1)
 
     @property
-    def pending(self) -> list[Pending]:
-        """Everything that may happen next."""
-        blocks = [Pending(None, worker) for worker, queue in self._blocks.items() if queue]
-        links = [Pending(*link) for link in self._links if self._deliverable(*link)]
-        return blocks + links
+    def pending(self) -> list[tuple[int | None, int]]:
+        """What may happen next: (sender, receiver) of a message, (None, worker) for a block."""
+        blocks = [(None, worker) for worker, queue in self._blocks.items() if queue]
+        return [*blocks, *(link for link in self._links if self._places(*link))]
 
     async def deliver(self, sender: int | None, to: int) -> None:
         """Make one of `pending` happen.
@@ -241,13 +204,13 @@ class LocalCluster:
             LookupError: it is not pending.
             CodecError: the hook broke its contract.
         """
-        if Pending(sender, to) not in self.pending:
-            raise LookupError(f"{Pending(sender, to)} is not pending; pending: {self.pending}")
-        if sender is None:
+        if sender is None and self._blocks[to]:
             block = self._blocks[to].popleft()
             await self._call(to, "update", block.step, block)
+        elif sender is not None and (places := self._places(sender, to)):
+            await self._receive(sender, to, self._rng.choice(places))
         else:
-            await self._receive(sender, to)
+            raise LookupError(f"({sender}, {to}) is not pending; pending are {self.pending}")
 
     async def finish(self) -> None:
         """Go on until all steps that were begun have their results (async: to the very end).
@@ -255,14 +218,13 @@ class LocalCluster:
         Raises:
             CodecError, JobFailedError: as `step`.
         """
-        while self._unfinished():
-            pending = self.pending
-            if pending:
+        while waiting := self._unfinished():
+            if pending := self.pending:
                 await self.deliver(*pending[self._rng.integers(len(pending))])
             elif self._mode == "sync":
-                await self._rescue()
+                await self._rescue(waiting)
             else:
-                for worker in self._unfinished():
+                for worker in waiting:
                     self._advance(worker)
 
     def stop(self) -> None:
@@ -270,76 +232,63 @@ class LocalCluster:
         for codec in self.codecs.values():
             codec.stop()
 
-    # the machinery
-
-    def _ctx(self, node: int) -> Context:
-        return self.codecs[node].ctx
-
     def _step(self, node: int) -> int:
-        return self._ctx(node).step
+        return self.codecs[node].ctx.step
 
     def _unfinished(self) -> list[int]:
         return [worker for worker in self.workers if self._step(worker) < len(self.results)]
 
+    def _stepwise(self, node: int) -> bool:
+        return self._mode == "sync" and node >= 0
+
     def _extend(self, feed: Feed, steps: int) -> None:
-        if self._unfinished():
-            raise LookupError(f"nodes {self._unfinished()} have not finished the last step")
+        if waiting := self._unfinished():
+            raise LookupError(f"nodes {waiting} have not finished the last step")
         self.results += [{} for _ in range(steps)]
         self._feeds += [feed] * steps
         for worker in self.workers:
             self._load(worker)
 
     def _load(self, worker: int) -> None:
-        """Make the worker's blocks of its step pending; what is left of the last is skipped."""
-        ctx = self._ctx(worker)
-        values: Mapping[int, Any] = {}
-        if ctx.step < len(self._feeds):
-            values = self._feeds[ctx.step](worker, ctx.step)
+        """Make the blocks of the worker's step pending; what is left of the last is skipped."""
+        ctx = self.codecs[worker].ctx
+        values = self._feeds[ctx.step](worker, ctx.step) if ctx.step < len(self._feeds) else {}
         self._blocks[worker] = deque(
             Block(block, ctx.step, frozen(vector(value)), 1, ctx.shapes)
             for block, value in sorted(values.items())
         )
 
-    def _stepwise(self, node: int) -> bool:
-        return self._mode == "sync" and node in self._blocks
-
-    def _deliverable(self, sender: int, to: int) -> list[int]:
+    def _places(self, sender: int, to: int) -> list[int]:
         """Return the places in a link of those messages that may be the next."""
-        parcels = self._links[sender, to]
-        ready = [
-            i
-            for i, parcel in enumerate(parcels)
-            if not self._stepwise(to) or parcel.step <= self._step(to)
-        ]
-        return ready[:1] if self._fifo else ready
+        parcels = self._links.get((sender, to), [])
+        now = self._step(to) if self._stepwise(to) else math.inf
+        ready = (place for place, parcel in enumerate(parcels) if parcel.step <= now)
+        return list(itertools.islice(ready, 1 if self._fifo else None))
 
-    async def _receive(self, sender: int, to: int) -> None:
-        places = self._deliverable(sender, to)
-        parcel = self._links[sender, to].pop(places[self._rng.integers(len(places))])
+    async def _receive(self, sender: int, to: int, place: int) -> None:
+        parcel = self._links[sender, to].pop(place)
         if any(array.tobytes() != copy.tobytes() for array, copy in parcel.originals):
-            name = type(self.codecs[sender]).__name__
             raise CodecError(
-                f"codec {name} on node {sender} changed an array after it was sent in step "
-                f"{parcel.step}"
+                f"codec {type(self.codecs[sender]).__name__} on node {sender} changed an array "
+                f"after it was sent in step {parcel.step}"
             )
         codec = self.codecs[to]
         if self._stepwise(to) and parcel.step < codec.ctx.step and not codec.accepts_late:
             self.late += 1
             return
-        if to in self.servers:
+        if codec.ctx.role == "server":
             codec.ctx.step = parcel.step
         message = Message(sender, parcel.step, wire_copy(parcel.content))
         await self._call(to, "receive", parcel.step, message)
 
-    async def _rescue(self) -> None:
-        waiting = self._unfinished()
-        fresh = [node for node in waiting if (node, self._step(node)) not in self._rescued]
+    async def _rescue(self, waiting: list[int]) -> None:
+        fresh = {(node, self._step(node)) for node in waiting} - self._rescued
         if not fresh:
-            steps = ", ".join(f"node {node} in step {self._step(node)}" for node in waiting)
-            raise JobFailedError(f"nothing is under way, but results are missing: {steps}")
-        for node in fresh:
-            self._rescued.add((node, self._step(node)))
-            await self._call(node, "rescue", self._step(node))
+            where = ", ".join(f"node {node} in step {self._step(node)}" for node in waiting)
+            raise JobFailedError(f"nothing is under way, but results are missing: {where}")
+        self._rescued |= fresh
+        for node, step in sorted(fresh):
+            await self._call(node, "rescue", step)
 
     async def _call(self, node: int, hook: str, step: int, *args: Block | Message) -> None:
         codec = self.codecs[node]
@@ -360,33 +309,34 @@ class LocalCluster:
     def _send(self, sender: int, step: int, envelope: Envelope) -> None:
         originals: list[tuple[Array, Array]] = []
         content = wire_copy(envelope.content, originals)
-        for to in self._ctx(sender).resolve(envelope.to):
+        for to in self.codecs[sender].ctx.resolve(envelope.to):
             self.sent.append(Sent(sender, to, step, content))
             self._links.setdefault((sender, to), []).append(_Parcel(step, content, originals))
 
     def _advance(self, worker: int) -> None:
         """Take the worker's result, if there is one, and let it enter the next step."""
-        codec, ctx = self.codecs[worker], self._ctx(worker)
-        result = codec.take_result() if codec.is_done else None
-        shape, expected = np.shape(result), self._initial.shape
-        if result is not None and self._initial.size and shape != expected:
-            raise CodecError(
-                f"codec {type(codec).__name__} on node {worker} in step {ctx.step}: set_result "
-                f"got shape {shape}; expected {expected}"
-            )
-        self.results[ctx.step][worker] = result
-        ctx.step += 1
+        codec = self.codecs[worker]
+        result, expected = None, self._initial.shape
+        if codec.is_done:
+            result = codec.take_result()
+            if expected != (0,) and np.shape(result) != expected:
+                raise CodecError(
+                    f"codec {type(codec).__name__} on node {worker} in step {codec.ctx.step}: "
+                    f"set_result got shape {np.shape(result)}; expected {expected}"
+                )
+        self.results[codec.ctx.step][worker] = result
+        codec.ctx.step += 1
         self._load(worker)
 
 
-def vector(value: npt.ArrayLike) -> Vector:
+def vector(value: npt.ArrayLike) -> Array:
     """Return a value as a float32 vector."""
     return np.asarray(value, np.float32).reshape(-1)
 
 
 def frozen(array: Array) -> Array:
-    """Return a copy that nobody can make writable, as a view of received bytes is."""
-    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+    """Return a copy that nobody can make writable."""
+    return np.ndarray(array.shape, array.dtype, array.tobytes())
 
 
 def wire_copy(content: Any, originals: list[tuple[Array, Array]] | None = None) -> Any:
@@ -401,8 +351,6 @@ def wire_copy(content: Any, originals: list[tuple[Array, Array]] | None = None) 
     """
     if content is None or isinstance(content, bool | bytes | np.generic):
         return content
-    if isinstance(content, bytearray | memoryview):
-        return bytes(content)
     if isinstance(content, np.ndarray) and content.dtype.kind in "biufc":
         copy = frozen(content)
         if originals is not None:
@@ -412,10 +360,9 @@ def wire_copy(content: Any, originals: list[tuple[Array, Array]] | None = None) 
         items = [wire_copy(item, originals) for item in content]
         return tuple(items) if isinstance(content, tuple) else items
     if isinstance(content, dict):
-        return {wire_copy(k): wire_copy(v, originals) for k, v in content.items()}
-    for kind in (int, float, str):
-        if isinstance(content, kind):
+        return {wire_copy(key): wire_copy(value, originals) for key, value in content.items()}
+    for kind, is_sendable in _PLAIN.items():
+        if isinstance(content, kind) and is_sendable(content):
             return kind(content)
-    if isinstance(content, np.ndarray):
-        raise TypeError(f"an array of dtype {content.dtype} cannot be sent")
-    raise TypeError(f"{type(content).__name__} cannot be sent")
+    what = f"array of {content.dtype}" if isinstance(content, np.ndarray) else repr(content)
+    raise TypeError(f"{what} ({type(content).__name__}) cannot be sent")

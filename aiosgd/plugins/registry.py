@@ -123,7 +123,7 @@ class Registry(Generic[T]):
         if not (isinstance(plugin, type) and issubclass(plugin, self.base)):
             raise PluginLoadError(f"{origin} is {plugin!r}; expected a subclass of {expected}")
         if inspect.isabstract(plugin):
-            missing = ", ".join(sorted(plugin.__abstractmethods__))
+            missing = ", ".join(sorted(getattr(plugin, "__abstractmethods__", ())))
             raise PluginLoadError(f"{origin} does not implement {missing} of {expected}")
         params = params_class(plugin)
         if not (dataclasses.is_dataclass(params) and isinstance(params, type)):

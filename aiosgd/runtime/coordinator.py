@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
+import datetime as dt
 import logging
-import platform
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from aiosgd import __version__
 from aiosgd.codecs.base import Vector
 from aiosgd.errors import (
     AiosgdError,
@@ -30,8 +29,10 @@ from aiosgd.plugins.registry import make_params
 from aiosgd.runtime import config, results, workload
 from aiosgd.runtime.config import Address, JobConfig
 from aiosgd.runtime.connection import Mesh
+from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import (
     ENDS,
+    SUBMITTER,
     Begin,
     Cancel,
     Enter,
@@ -49,11 +50,14 @@ from aiosgd.runtime.job import (
     Verdict,
     node_name,
 )
-from aiosgd.runtime.node import SUBMITTER, WIRE_VERSION, introduce
 from aiosgd.runtime.results import EVAL, TRAIN, Rows, Summary
 from aiosgd.runtime.session import Evaluation, Progress
 from aiosgd.runtime.workload import Workload
 
+_STATES: Mapping[Phase, Literal["done", "failed", "cancelled"]] = {
+    Phase.DONE: "done",
+    Phase.CANCELLED: "cancelled",
+}
 # how often deadlines are looked at
 TICK = 0.25
 
@@ -185,14 +189,15 @@ class Coordinator:
     _over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        job, now = self.request.job, datetime.datetime.now()
+        job, now = self.request.job, dt.datetime.now()
         name = job.title or Path(job.codec.rpartition(":")[2]).name
         self.job_id = results.new_job_id(now, name, secrets.token_hex(2))
         self.workers = sorted(node for node in self.nodes if node >= 0)
         self.servers = sorted((node for node in self.nodes if node < 0), reverse=True)
         self.machine = Job(self.workers, self.servers, job.target_accuracy)
-        self._started = self._training = self._trained = self._now()
+        self._started = time.monotonic()
         self.initial = self.load.initial()
+        self._token = secrets.token_hex(16)  # lets the nodes of this job know each other
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -253,18 +258,17 @@ class Coordinator:
     # links
 
     async def _connect(self) -> None:
-        async with contextlib.AsyncExitStack():
-            links = await asyncio.gather(
-                *(self._reach(node, address) for node, address in self.nodes.items()),
-                return_exceptions=True,
-            )
+        links = await asyncio.gather(
+            *(self._reach(node, address) for node, address in self.nodes.items()),
+            return_exceptions=True,
+        )
         for error in links:
             if isinstance(error, BaseException):
                 raise error
 
     async def _reach(self, node: int, address: Address) -> None:
         """Connect to a node; one that is about to start is tried again until the time is up."""
-        hello = {"wire": WIRE_VERSION, "version": __version__, "role": "submitter"}
+        hello = greeting(role="submitter")
         deadline, pause = self._now() + self.request.connect_timeout, 0.05
         while True:
             try:
@@ -315,11 +319,7 @@ class Coordinator:
     def _entered(self, phase: Phase) -> None:
         self._log.info("%s%s", phase, f": {self.machine.error}" if self.machine.error else "")
         self.observer.entered(phase, self.job_id)
-        if phase is Phase.RUNNING:
-            self._training = self._trained = self._now()
-        elif phase is Phase.FINISHING:
-            self._trained = self._now()
-        elif phase in ENDS:
+        if phase in ENDS:
             self._over.set()
 
     def _send(self, node: int, content: dict[str, Any]) -> None:
@@ -374,12 +374,6 @@ class Coordinator:
             "initial": self.initial,
         }
 
-    @property
-    def _token(self) -> str:
-        if not hasattr(self, "_secret"):
-            self._secret = secrets.token_hex(16)
-        return self._secret
-
     def _plugins(self) -> list[list[str]]:
         return [
             [entry.kind, entry.name, entry.distribution, entry.version]
@@ -402,9 +396,6 @@ class Coordinator:
     def _versions(self) -> dict[str, Any]:
         return {
             "job_id": self.job_id,
-            "aiosgd": __version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
             "plugins": [f"{kind} {name}: {dist} {v}" for kind, name, dist, v in self._plugins()],
             "nodes": {str(node): str(address) for node, address in self.nodes.items()},
             "steps": self.load.steps,
@@ -441,27 +432,23 @@ class Coordinator:
         phase = self.machine.phase
         return Summary(
             job_id=self.job_id,
-            state=str(phase) if phase in ENDS else "failed",
+            state=_STATES.get(phase, "failed"),
             error=self.machine.error or None,
             metrics=_final(evaluations, 0),
-            nodes={str(node): str(address) for node, address in self.nodes.items()},
+            nodes=len(self.nodes),
             steps=int(train.step.max()) + 1 if len(train) else 0,
             epochs=int(train.epoch.max()) + 1 if len(train) else 0,
             samples=samples,
-            wall_s=self._now_in_thread() - self._started,
+            wall_s=time.monotonic() - self._started,
             train_s=train_s,
             samples_per_s=samples / train_s if train_s else 0.0,
             bytes_sent=sum(one["bytes_sent"] for one in figures.values()),
             bytes_received=sum(one["bytes_received"] for one in figures.values()),
             per_node={
-                str(node): {**one, **_final(evaluations, node)} for node, one in figures.items()
+                node: {"address": str(self.nodes[node]), **one, **_final(evaluations, node)}
+                for node, one in figures.items()
             },
         )
-
-    def _now_in_thread(self) -> float:
-        import time
-
-        return time.monotonic()
 
 
 def _unpack(content: Mapping[str, Any]) -> _Collected:

@@ -15,6 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+# what the submitter is called on its links; no node has this id
+SUBMITTER = 1 << 30
+
 
 class Order(enum.StrEnum):
     """What the submitter tells a node."""
@@ -324,7 +327,7 @@ class Seat(enum.StrEnum):
 
 
 # (seat, order) -> the next seat. Whatever is not here is an order out of turn.
-MOVES = {
+MOVES: dict[tuple[Seat, Order], Seat] = {
     (Seat.FREE, Order.CAN_COMMIT): Seat.PROMISED,
     (Seat.PROMISED, Order.CAN_COMMIT): Seat.PROMISED,
     (Seat.PROMISED, Order.PREPARE): Seat.PREPARED,

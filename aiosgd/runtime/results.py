@@ -394,7 +394,7 @@ def write_model(folder: Path, vector: Vector, shapes: Mapping[str, tuple[int, ..
     Raises:
         RemoteProtocolError: as `named_parameters`.
     """
-    named = named_parameters(np.ascontiguousarray(vector), shapes)
+    named = named_parameters(vector, shapes)
     return _write(folder / "model.safetensors", safetensors.numpy.save(named))
 
 

@@ -170,6 +170,11 @@ class Session:
         return np.concatenate(kept) if len(kept) == len(parts) else None
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """All parameters in the order of the weights, name -> shape."""
+        return {name: shape for group in self._load.groups for name, shape in group.items()}
+
+    @property
     def late(self) -> int:
         """How many messages came too late to be handed over."""
         return sum(actor.late for actor in self._actors)

@@ -1,5 +1,4 @@
 import dataclasses
-import re
 import tomllib
 from fractions import Fraction
 from pathlib import Path
@@ -98,11 +97,6 @@ def test_port_zero_is_allowed_where_asked_for():
 
 # The lines of a TOML text ------------------------------------------------------------------
 
-LINES = """\
-top = 1 # not = a key
-"quoted key" = "x = 1" ; 'literal.key' = [
-"""
-
 
 def test_lines_of_keys_and_items():
     text = """\
@@ -124,6 +118,7 @@ quote \\\"\"\" and four quotes:\"\"\"\"
 raw = '''
 fake = '2'
 ''''
+plain = 'a' # "
 [job] # table
 epochs=5
 [ job . codec_params ]
@@ -133,15 +128,33 @@ x = 1
 [last]
 """
     tomllib.loads(text)
-    line_of = {}
-    for keys, line in _Lines(text).found.items():
-        line_of[".".join(map(str, keys))] = line
+    found = _Lines(text).found
+    line_of = {".".join(map(str, keys)): line for keys, line in found.items()}
     assert line_of == {
-        **{"top": 2, "quoted.key": 3, "lit": 4, "lit.eral": 4, "list": 5, "list.0": 6, "list.1": 6},
-        **{"list.2": 8, "list.2.0": 8, "list.2.1": 9, "list.3": 9, "list.3.inline": 9},
-        **{"list.3.x y": 9, "list.3.x y.0": 10, "text": 12, "raw": 16, "job": 19, "job.epochs": 20},
-        **{"job.codec_params": 21, "job.codec_params.turn": 22, "many": 23, "many.x": 24},
-        "last": 25,
+        "top": 2,
+        "quoted.key": 3,
+        "lit": 4,
+        "lit.eral": 4,
+        "list": 5,
+        "list.0": 6,
+        "list.1": 6,
+        "list.2": 8,
+        "list.2.0": 8,
+        "list.2.1": 9,
+        "list.3": 9,
+        "list.3.inline": 9,
+        "list.3.x y": 9,
+        "list.3.x y.0": 10,
+        "text": 12,
+        "raw": 16,
+        "plain": 19,
+        "job": 20,
+        "job.epochs": 21,
+        "job.codec_params": 22,
+        "job.codec_params.turn": 23,
+        "many": 24,
+        "many.x": 25,
+        "last": 26,
     }
 
 
@@ -170,9 +183,8 @@ def test_every_key_of_any_toml_is_found_on_a_line_that_has_it(table):
     lines = text.split("\n")
     found = _Lines(text).found
     for path in keys_of(table):
-        line = lines[found[path] - 1]
-        key = path[-1]
-        assert (key in line) or re.search(r'[\\"]', line), (path, line)
+        written = tomli_w.dumps({path[-1]: 0}).removesuffix(" = 0\n")
+        assert written in lines[found[path] - 1]
 
 
 # cluster.toml ------------------------------------------------------------------------------
@@ -464,7 +476,7 @@ def test_ranges(option, good, bad, expected):
         flag = option.replace("_", "-")
         message = refusal(make_job, {option: value})
         assert message.startswith(f"--{flag} is {value!r}; expected {expected}")
-        assert refusal(lambda: JobConfig(**{option: value})).startswith(f"{option} is {value!r}; ")
+        assert refusal(JobConfig, **{option: value}).startswith(f"{option} is {value!r}; ")
 
 
 @pytest.mark.parametrize(
@@ -485,24 +497,18 @@ def test_ranges(option, good, bad, expected):
         ({"compute": {"slow": {1: 0}}}, "--compute.slow.1 is 0; expected a factor of 1 or more"),
         (
             {"seed": np.uint64(2**63)},
-            "--seed is np.uint64(9223372036854775808); expected an integer",
+            f"--seed is {np.uint64(2**63)!r}; expected an integer of 64 bits",
         ),
     ],
 )
 def test_bad_flag_is_refused(flags, message):
-    assert (
-        refusal(make_job, flags)
-        .replace("is 9223", "is np.uint64(9223")
-        .startswith(message.replace("808);", "808;") if np.__version__ < "2" else message)
-    )
+    assert refusal(make_job, flags).startswith(message)
 
 
 def test_compute_is_checked_when_made():
-    assert refusal(lambda: Compute(threads=0)) == "compute.threads is 0; expected 1 or more"
-    assert refusal(lambda: Compute(slow={"-1": 2.0})).startswith(
-        "compute.slow.-1 names worker '-1'"
-    )
-    assert Compute(slow={"1": 2}).slow == {"1": 2.0}
+    assert refusal(Compute, threads=0) == "compute.threads is 0; expected 1 or more"
+    assert refusal(Compute, slow={"-1": 2.0}).startswith("compute.slow.-1 names worker '-1'")
+    assert Compute(slow={"1": 2, "0": 1}).slow == {"1": 2.0, "0": 1.0}
 
 
 def test_python_values_become_plain_ones():

@@ -77,7 +77,7 @@ EVENTS = [
 ]
 
 
-@pytest.mark.parametrize(("phase", "event"), itertools.product(Phase, EVENTS), ids=str)
+@pytest.mark.parametrize(("phase", "event"), list(itertools.product(Phase, EVENTS)), ids=str)
 def test_every_phase_takes_every_event_and_keeps_its_invariants(phase, event):
     one = at(phase)
     instructions = one.handle(event)
@@ -213,7 +213,7 @@ def test_epochs_are_judged_one_by_one():
 # a node's side
 
 
-@pytest.mark.parametrize(("seat", "order"), itertools.product(Seat, Order))
+@pytest.mark.parametrize(("seat", "order"), list(itertools.product(Seat, Order)))
 def test_a_seat_follows_the_orders_of_the_table_and_no_others(seat, order):
     member = Member(seat, "job-a" if seat is not Seat.FREE else "")
     if (seat, order) in MOVES:
@@ -226,7 +226,7 @@ def test_a_seat_follows_the_orders_of_the_table_and_no_others(seat, order):
         assert member.seat is seat
 
 
-@pytest.mark.parametrize(("seat", "order"), itertools.product(set(Seat) - {Seat.FREE}, Order))
+@pytest.mark.parametrize(("seat", "order"), list(itertools.product(set(Seat) - {Seat.FREE}, Order)))
 def test_another_job_is_told_that_the_node_is_busy(seat, order):
     member = Member(seat, "job-a", since="12:00:00")
     assert member.refusal("job-b", order) == "busy with job job-a since 12:00:00"

@@ -1,0 +1,363 @@
+"""A node's part in one job: from prepare to release."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import os
+import re
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import threadpoolctl
+
+from aiosgd.errors import AiosgdError, ClusterError, ConfigError
+from aiosgd.plugins.kinds import KINDS, TRACKERS
+from aiosgd.plugins.registry import describe, make_params
+from aiosgd.runtime import config, results, workload
+from aiosgd.runtime.config import Address
+from aiosgd.runtime.connection import Link, Mesh
+from aiosgd.runtime.executor import Executor
+from aiosgd.runtime.hello import greeting, introduce
+from aiosgd.runtime.job import node_name
+from aiosgd.runtime.session import Evaluation, Place, Progress, Session
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a node was started."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    run_dir: Path
+    data_dir: Path
+    allow_code: bool = False
+
+
+@dataclass
+class Part:
+    """This node's part in one job, from prepare to release.
+
+    Args:
+        settings: how the node was started.
+        job_id: the job.
+        request: the content of the order to prepare.
+        spawn: runs a coroutine as a child of the node.
+        tell: passes the session's news to the submitter.
+        failed: tells the submitter why the part cannot go on.
+    """
+
+    settings: Settings
+    job_id: str
+    request: Mapping[str, Any]
+    spawn: Callable[[Any], asyncio.Task[Any]]
+    tell: Callable[[Progress | Evaluation], None]
+    failed: Callable[[str], None]
+    session: Session | None = None
+    mesh: Mesh | None = None
+    _log: logging.Logger = field(init=False)
+    _handler: logging.Handler = field(init=False)
+    _executor: Executor | None = None
+    _run: asyncio.Task[None] | None = None
+    _joined: asyncio.Event = field(default_factory=asyncio.Event)
+    _blas: Any = None
+    _over: bool = False
+
+    def __post_init__(self) -> None:
+        self.node = int(self.request["node"])
+        self.addresses = {
+            int(node): Address.parse(text, f"address of node {node}")
+            for node, text in self.request["addresses"]
+        }
+        self.token = str(self.request["token"])
+        self.job = config.from_dict(self.request["job"])
+        self.folder = job_folder(self.settings, self.job_id, self.node)
+        self.folder.mkdir(parents=True, exist_ok=False)
+        self._handler = logging.FileHandler(self.folder / "node.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._log = logging.Logger(f"aiosgd.job.{self.job_id}.{self.node}")
+        self._log.addHandler(self._handler)
+
+    # the orders
+
+    async def prepare(self) -> None:
+        """Load the job's plugins and data, and make the session."""
+        sources = keep_sources(self.folder, self.request["sources"], self._log.info)
+        paths = {
+            name: file_path(self.settings.data_dir, sha256)
+            for name, sha256, _ in self.request["files"]
+        }
+        load = await asyncio.to_thread(
+            workload.load,
+            self.job,
+            len(self.workers),
+            self.settings.data_dir,
+            paths=paths or None,
+            sources=sources,
+        )
+        self._limit_blas()
+        slow = self.job.compute.slow.get(str(self.node), 1.0)
+        self._executor = Executor(self.job.compute.policy, slow, self._log.info)
+        self.mesh = Mesh(
+            self.node, self._deliver, self._lost, eager_credit=self.job.mode == "async"
+        )
+        place = Place(
+            node=self.node,
+            workers=self.workers,
+            servers=self.servers,
+            transport=self.mesh,
+            executor=self._executor,
+            report=self.tell,
+            log=self._log.info,
+        )
+        self.session = Session(place, load, np.array(self.request["initial"], np.float32))
+        self._log.info("prepared as %s of job %s", node_name(self.node), self.job_id)
+
+    async def link(self) -> None:
+        """Connect to the nodes with lower ids; the others connect to us."""
+        async with asyncio.TaskGroup() as tasks:
+            for peer in self.addresses:
+                if peer < self.node:
+                    tasks.create_task(self._dial(peer))
+        self._count_links()
+        await self._joined.wait()
+
+    def start(self) -> None:
+        """Begin to train."""
+        assert self.session is not None
+        self._log.info("started")
+        self._run = self.spawn(self._supervise(self.session))
+
+    async def trained(self) -> None:
+        """Wait until a worker has taken its steps; a server is always ready."""
+        assert self.session is not None
+        if self.node >= 0:
+            await self.session.trained()
+
+    async def quiet(self) -> None:
+        """Wait until all that we sent was handled."""
+        assert self.session is not None
+        await self.session.quiet()
+
+    async def collect(self, *, weights: bool) -> dict[str, Any]:
+        """Finish the session; return (and keep) all that the run leaves on this node."""
+        session, mesh = self.session, self.mesh
+        assert session is not None
+        assert mesh is not None
+        await session.conclude()
+        self._over = True
+        if session.late:
+            self._log.warning("%d messages came too late for their step", session.late)
+        self._log.info("finished: %d samples in %.3f s", session.samples, session.train_s)
+        await asyncio.to_thread(self._keep, session)
+        held = session.weights
+        return {
+            "train": session.train.columns(),
+            "evaluations": session.evaluations.columns(),
+            "log": np.frombuffer(self.log_bytes(), np.uint8),
+            "weights": held if weights else None,
+            "figures": {
+                "samples": session.samples,
+                "train_s": session.train_s,
+                "late": session.late,
+                "bytes_sent": mesh.bytes_sent,
+                "bytes_received": mesh.bytes_received,
+            },
+        }
+
+    def verdict(self, epoch: int, stop: bool) -> None:
+        """Pass on whether training goes on after an epoch."""
+        if self.session is not None:
+            self.session.verdict(epoch, stop)
+
+    async def leave(self, reason: str) -> None:
+        """End the part, whatever it is at."""
+        self._over = True
+        self._log.info("left: %s", reason)
+        if self._run is not None:
+            self._run.cancel()
+            await asyncio.wait([self._run])
+        if self.mesh is not None:
+            self.mesh.close()
+        if self._executor is not None:
+            self._executor.close()
+        if self._blas is not None:
+            self._blas.restore_original_limits()
+        self._handler.close()
+
+    # links of the mesh
+
+    @property
+    def workers(self) -> tuple[int, ...]:
+        """Ids of all workers, ascending."""
+        return tuple(sorted(node for node in self.addresses if node >= 0))
+
+    @property
+    def servers(self) -> tuple[int, ...]:
+        """Ids of all servers, -1 first."""
+        return tuple(sorted((node for node in self.addresses if node < 0), reverse=True))
+
+    def knows(self, hello: Mapping[str, Any]) -> bool:
+        """Tell whether a link's HELLO is that of a node of this job."""
+        token, peer = hello.get("token"), hello.get("node")
+        return (
+            hello.get("job_id") == self.job_id
+            and isinstance(token, str)
+            and hmac.compare_digest(token.encode(), self.token.encode())
+            and type(peer) is int
+            and peer in self.addresses
+            and self.mesh is not None
+            and peer not in self.mesh.peers
+        )
+
+    def join(self, peer: int, link: Link) -> None:
+        """Take a link to another node of the job."""
+        assert self.mesh is not None
+        self.mesh.add(peer, link)
+        self._count_links()
+
+    def _count_links(self) -> None:
+        if self.mesh is not None and len(self.mesh.peers) == len(self.addresses) - 1:
+            self._joined.set()
+
+    async def _dial(self, peer: int) -> None:
+        hello = greeting(role="peer", job_id=self.job_id, node=self.node, token=self.token)
+        link = await introduce(self.addresses[peer], hello)
+        self.join(peer, link)
+
+    def _deliver(self, sender: int, content: Any, size: int) -> None:
+        assert self.session is not None
+        self.session.deliver(sender, content)
+
+    def _lost(self, peer: int, error: Exception) -> None:
+        if not self._over:
+            self._fail(f"{node_name(peer)} lost: {error}")
+
+    # the session as a task
+
+    async def _supervise(self, session: Session) -> None:
+        try:
+            await session.run()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the submitter must hear of it
+            first = first_error(error)
+            self._log.error("".join(traceback.format_exception(first)))
+            self._fail(str(first) if isinstance(first, AiosgdError) else describe(first))
+
+    def _fail(self, reason: str) -> None:
+        self._log.error(reason)
+        self.failed(reason)
+
+    def _limit_blas(self) -> None:
+        """Share the host's cores among its nodes: BLAS threads that compete slow all down."""
+        cores = len(os.sched_getaffinity(0))
+        threads = self.job.compute.threads or max(1, cores // int(self.request["nodes_on_host"]))
+        self._blas = threadpoolctl.threadpool_limits(threads, user_api="blas")
+        self._log.info("%d BLAS threads", threads)
+
+    def _keep(self, session: Session) -> None:
+        """Write this node's own copy, in case the submitter is gone."""
+        tracker = TRACKERS.load("csv")
+        table = tracker(make_params(tracker, {}, "tracker"), self.folder)
+        table.write("train", session.train.array())
+        table.write("eval", session.evaluations.array())
+        if session.weights is not None:
+            results.write_model(self.folder, session.weights, session.shapes)
+
+    def log_bytes(self) -> bytes:
+        """Return the node's log of this job so far."""
+        self._handler.flush()
+        with contextlib.suppress(OSError):
+            return (self.folder / "node.log").read_bytes()
+        return b""
+
+
+def first_error(error: BaseException) -> BaseException:
+    """Return the first deliberate error of an exception group, else the first error."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [first_error(inner) for inner in error.exceptions]
+    deliberate = [leaf for leaf in leaves if isinstance(leaf, AiosgdError)]
+    return (deliberate or leaves)[0]
+
+
+# What a node checks and keeps ----------------------------------------------------------------
+
+
+def job_folder(settings: Settings, job_id: str, node: int) -> Path:
+    """Return this node's folder of a job; the id is checked, for it comes from a peer."""
+    return settings.run_dir / results.check_job_id(job_id) / "nodes" / str(int(node))
+
+
+def file_path(data_dir: Path, sha256: object) -> Path:
+    """Return where a node keeps a data file: by content, never by a name from a peer."""
+    if not (isinstance(sha256, str) and SHA256.fullmatch(sha256)):
+        raise ConfigError(f"{sha256!r} is no sha256")
+    return data_dir / "sha256" / sha256
+
+
+def store_file(data_dir: Path, sha256: object, data: np.ndarray[Any, Any]) -> None:
+    """Keep a data file after checking what it is."""
+    path = file_path(data_dir, sha256)
+    digest = hashlib.sha256(data.data).hexdigest()
+    if digest != sha256:
+        raise ConfigError(f"a data file's sha256 is {digest}; the submitter said {sha256}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data.data)
+    Path(file.name).rename(path)
+
+
+def keep_sources(
+    folder: Path, sources: Sequence[Sequence[Any]], log: Callable[[str], None]
+) -> dict[str, Path]:
+    """Write the source files that came with a job into its folder; return where each is."""
+    kept = {}
+    for i, (name, text) in enumerate(sources):
+        source = bytes(text)
+        path = folder / f"codec_{i}.py"
+        path.write_bytes(source)
+        log(f"code from the submitter: {name}, sha256 {hashlib.sha256(source).hexdigest()}")
+        kept[str(name)] = path
+    return kept
+
+
+def check_request(request: Mapping[str, Any], settings: Settings) -> list[str]:
+    """Check whether this node can take the job; return the sha256 of data files it lacks.
+
+    Raises:
+        AiosgdError: the node votes no; the message says why.
+    """
+    if job_folder(settings, str(request["job_id"]), int(request["node"])).exists():
+        raise ConfigError(f"job {request['job_id']} was here before; a job id is never reused")
+    if request["sources"] and not settings.allow_code:
+        names = ", ".join(str(name) for name in request["sources"])
+        raise ClusterError(
+            f"codec {names} comes as source code, which this node does not take; "
+            "start it with --allow-code, or install the codec as a plugin"
+        )
+    for kind, name, distribution, version in request["plugins"]:
+        entry = KINDS[kind].entry(name)
+        if (entry.distribution, entry.version) != (distribution, version):
+            raise ClusterError(
+                f"{kind} {name!r} is from {entry.distribution} {entry.version} here, from "
+                f"{distribution} {version} at the submitter; install the same version on both"
+            )
+    return [
+        str(sha256)
+        for _, sha256, size in request["files"]
+        if not _has_file(file_path(settings.data_dir, sha256), int(size))
+    ]
+
+
+def _has_file(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
