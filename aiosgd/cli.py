@@ -14,11 +14,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from aiosgd.errors import AiosgdError, ConfigError
+from aiosgd.runtime.config import JobConfig
 
 if TYPE_CHECKING:
     from aiosgd.runtime.config import Address
@@ -76,32 +77,31 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
 
 # Job options: one table for `run` and `submit` ------------------------------------------------
 
-_Choice = Optional  # typer reads Optional, and `X | None` in a built signature is the same
-JOB_OPTIONS: dict[str, tuple[Any, str]] = {
-    "codec": (str, "Codec: a name (see `aiosgd plugins codec`) or FILE.py:CLASS."),
-    "server_codec": (str, "Codec of the servers; default: the codec's own server half."),
-    "mode": (Literal["sync", "async"], "Barrier per step, or never wait."),
-    "exchange": (Literal["gradients", "updates", "weights"], "What blocks and results are."),
-    "compressor": (str, "Compressor for what the codec sends."),
-    "model": (str, "Model."),
-    "dataset": (str, "Data set."),
-    "partition": (str, "Which samples each worker sees."),
-    "assignment": (str, "Which worker computes which block."),
-    "redundancy": (int, "How many workers compute each block."),
-    "optimizer": (str, "Optimizer."),
-    "learning_rate": (float, "Learning rate."),
-    "batch_size": (int, "Samples per block."),
-    "epochs": (int, "Passes over the data."),
-    "max_steps": (int, "Stop after so many steps."),
-    "workers": (int, "Number of workers; submit: use the first N of the cluster."),
-    "servers": (int, "Number of servers, where the codec uses any."),
-    "overlap": (bool, "Compute a step while the one before is exchanged."),
-    "granularity": (str, "One codec per 'model', 'tensor', or bucket of so many bytes."),
-    "seed": (int, "Seed of everything that is random."),
-    "step_timeout": (float, "Seconds without a step's result before the job fails."),
-    "target_accuracy": (float, "Stop after the epoch that reaches this test accuracy."),
-    "title": (str, "Part of the job id."),
-    "output": (str, "Folder for results."),
+JOB_OPTIONS = {
+    "codec": "Codec: a name (see `aiosgd plugins codec`) or FILE.py:CLASS.",
+    "server_codec": "Codec of the servers; default: the codec's own server half.",
+    "mode": "Barrier per step, or never wait.",
+    "exchange": "What blocks and results are; default: the codec's own choice.",
+    "compressor": "Compressor for what the codec sends.",
+    "model": "Model.",
+    "dataset": "Data set.",
+    "partition": "Which samples each worker sees.",
+    "assignment": "Which worker computes which block.",
+    "redundancy": "How many workers compute each block.",
+    "optimizer": "Optimizer.",
+    "learning_rate": "Learning rate.",
+    "batch_size": "Samples per block.",
+    "epochs": "Passes over the data.",
+    "max_steps": "Stop after so many steps.",
+    "workers": "Number of workers; run: 2, submit: all of the cluster unless given.",
+    "servers": "Number of servers, where the codec uses any.",
+    "overlap": "Compute a step while the one before is exchanged.",
+    "granularity": "One codec per 'model', per 'tensor', or per bucket of so many bytes.",
+    "seed": "Seed of everything that is random.",
+    "step_timeout": "Seconds without a step's result before the job fails.",
+    "target_accuracy": "Stop after the epoch that reaches this mean test accuracy.",
+    "title": "Part of the job id.",
+    "output": "Folder for results.",
 }
 
 
@@ -127,10 +127,16 @@ def _with_job_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(name: str) -> inspect.Parameter:
-    kind, text = JOB_OPTIONS[name]
-    flag = "--" + name.replace("_", "-")
-    option = typer.Option(flag, help=text, rich_help_panel="Job options", show_default=False)
-    annotation = Annotated[_Choice[kind], option]  # type: ignore[valid-type]
+    """Return one job option as typer reads it: type and default are those of JobConfig."""
+    default = getattr(JobConfig, name)
+    kind = str if name == "granularity" else get_type_hints(JobConfig)[name]
+    option = typer.Option(
+        "--" + name.replace("_", "-"),
+        help=JOB_OPTIONS[name] + (f" Default: {default}." if default else ""),
+        rich_help_panel="Job options",
+        show_default=False,
+    )
+    annotation = Annotated[kind | None, option]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )

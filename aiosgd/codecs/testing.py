@@ -361,6 +361,8 @@ def wire_copy(content: Any, originals: list[tuple[Array, Array]] | None = None) 
         return tuple(items) if isinstance(content, tuple) else items
     if isinstance(content, dict):
         return {wire_copy(key): wire_copy(value, originals) for key, value in content.items()}
+    if isinstance(content, bytearray | memoryview):
+        return bytes(content)
     for kind, is_sendable in _PLAIN.items():
         if isinstance(content, kind) and is_sendable(content):
             return kind(content)

@@ -7,8 +7,9 @@ import contextlib
 import os
 import re
 import sys
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +74,7 @@ class Local(Launcher):
 
 
 @contextlib.contextmanager
-def _temporary_folder() -> Any:
-    import tempfile
-
+def _temporary_folder() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="aiosgd-") as folder:
         yield folder
 

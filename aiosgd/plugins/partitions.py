@@ -141,9 +141,7 @@ class Dirichlet(Partition):
     def _ends(self, sizes: npt.NDArray[np.intp], workers: int, rng: np.random.Generator) -> Indices:
         """Return where each worker's part of each class ends; (classes, workers)."""
         shares = rng.dirichlet(np.full(workers, self.params.alpha), len(sizes)).cumsum(axis=1)
-        ends = np.minimum(np.rint(shares * sizes[:, None]).astype(np.int64), sizes[:, None])
-        ends[:, -1] = sizes  # whatever the rounding of the sum of shares was
-        return ends
+        return np.rint(shares * sizes[:, None]).astype(np.int64)
 
 
 def _dealt(labels: Labels, ends: Indices, rng: np.random.Generator) -> list[Indices]:

@@ -58,8 +58,6 @@ class Csv(Tracker):
             raise AiosgdError(f"table {table!r} cannot name a file; expected letters and digits")
         path = self.folder / f"{table}.csv"
         columns = [_cells(np.asarray(rows[name])) for name in names]
-        if path.exists():
-            raise AiosgdError(f"{path}: exists already; nothing is ever overwritten")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("x", encoding="utf-8", newline="") as file:

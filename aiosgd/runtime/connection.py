@@ -45,7 +45,8 @@ SLICE = 1 << 20
 """Bytes per write. A transport copies what the kernel does not take, so 100 MB at once go at
 0.5 GB/s; slices of 256 KiB to 2 MiB all reach the speed of a bare socket."""
 GATHER = 64 << 10
-"""Pieces below this are joined: the copy costs less than a system call each."""
+"""A piece below this is joined with what follows: a header that leaves alone wakes the receiver for
+nothing, and a message of 0.5 MB then takes twice as long."""
 BURST = 16
 """Slices in a row before other callbacks of the loop get their turn: about 5 ms."""
 LINGER = 5.0
@@ -189,10 +190,14 @@ class _Outbox:
             self._begun.extend(map(memoryview, frame.buffers))
 
     def _gather(self, piece: memoryview) -> memoryview:
-        pieces, size = [piece], len(piece)
-        while self._begun and size + len(self._begun[0]) <= GATHER:
-            size += len(self._begun[0])
-            pieces.append(self._begun.popleft())
+        """Fill a short piece up with what follows it."""
+        pieces, room = [piece], GATHER - len(piece)
+        while self._begun and room:
+            following = self._begun.popleft()
+            if len(following) > room:
+                self._begun.appendleft(following[room:])
+            pieces.append(following[:room])
+            room -= len(pieces[-1])
         return memoryview(b"".join(pieces))
 
 
@@ -460,7 +465,7 @@ async def connect(
     port: int,
     on_frame: FrameHandler | None,
     on_closed: ClosedHandler,
-    timeout: float,  # noqa: ASYNC109 - the error must name the address, so it is raised here
+    timeout: float,
     *,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Link:
@@ -628,7 +633,7 @@ class Mesh:
         if not self._closed:
             self._deliver(self.node, content, size)
 
-    def _receive(  # noqa: PLR0917 - a FrameHandler for each sender
+    def _receive(
         self, sender: int, link: Link, kind: Kind, number: int, content: Any, size: int
     ) -> None:
         peer = self._peers[sender]

@@ -321,7 +321,8 @@ def _check_own(metadata: bytes, body_size: int) -> None:
     try:
         _Reader(None, body_size).read(metadata)
     except RemoteProtocolError as error:
-        raise LocalProtocolError(f"content cannot be sent: {error}") from error
+        hint = "; send large data as numpy arrays" if "exceeds max" in str(error) else ""
+        raise LocalProtocolError(f"content cannot be sent: {error}{hint}") from error
 
 
 # Decoding -------------------------------------------------------------------------------------
@@ -415,7 +416,7 @@ class _Reader:
         except RemoteProtocolError:
             raise
         except Exception as error:
-            raise RemoteProtocolError(f"metadata is not what msgpack writes: {error}") from error
+            raise RemoteProtocolError(f"metadata cannot be unpacked: {error}") from error
         if self._end != self._size:
             raise RemoteProtocolError(
                 f"frame has a body of {self._size} bytes, but its arrays end at {self._end}"

@@ -109,11 +109,9 @@ def _standardised(data: Data) -> Data:
         ValueError: a test value is so far out that it leaves the range of float32.
     """
     x = data.train_x
-    constant = (x == x[0]).all(axis=0)
-    mean = x.mean(axis=0, dtype=np.float64)
-    mean[constant] = x[0][constant]  # the rounded mean of equal values may differ from them
+    mean = x.mean(axis=0, dtype=np.float64)  # exact where all values are equal
     variance = sum(np.square(rows - mean).sum(axis=0) for rows in _pieces(x)) / len(x)
-    deviation = np.where(constant, 1, np.sqrt(variance))
+    deviation = np.where(variance == 0, 1, np.sqrt(variance))
     with np.errstate(over="ignore"):
         for rows in itertools.chain(_pieces(x), _pieces(data.test_x)):
             rows[...] = (rows - mean) / deviation
@@ -314,7 +312,6 @@ class Csv(OneFile):
 def _comparable(labels: list[str]) -> npt.NDArray[Any]:
     """Return labels as numbers if all are, so that 10 comes after 9 and 1.0 is 1."""
     try:
-        numbers = np.array(list(map(float, labels)))
+        return np.array(list(map(float, labels)))
     except ValueError:
         return np.array(labels)
-    return numbers if np.isfinite(numbers).all() else np.array(labels)

@@ -147,8 +147,8 @@ def test_features_are_scaled_by_the_training_part_alone(npz, samples):
 
 def test_a_constant_feature_becomes_zero_and_is_not_blown_up(npz):
     arrays = {
-        "train_x": np.full((10, 2, 1), 0.1),
-        "train_y": np.zeros(10, int),
+        "train_x": np.full((9999, 2, 1), 0.1),
+        "train_y": np.zeros(9999, int),
         "test_x": np.full((1, 2, 1), 3.1),
         "test_y": np.zeros(1, int),
     }
@@ -292,9 +292,11 @@ def whole(data):
         ("id, value, kind\n", {"label": "kind"}),
         ("id,value,kind\n", {"label": 2}),
         ("0,1,2\n", {}),
+        ("1,2,kind\n", {}),
         ("", {"header": False}),
         ("", {"header": False, "label": 2}),
-        ("\ufeffid,value,kind\n\n", {}),
+        ("\n\nid,value,kind\n\n", {}),
+        ("\ufeff", {"header": False}),
     ],
 )
 def test_the_label_column_can_be_named_or_counted(table, header, params):

@@ -45,6 +45,12 @@ def mirror(tmp_path, monkeypatch):
     """Serve a folder over HTTP on loopback as the second mirror; return the folder."""
 
     class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.startswith("/garbled/"):
+                self.wfile.write(b"nonsense\r\n\r\n")
+            else:
+                super().do_GET()
+
         def log_message(self, *args):
             pass
 
@@ -171,6 +177,16 @@ def test_a_download_with_other_content_is_refused_and_not_kept(tmp_path, mirror)
     with pytest.raises(ConfigError, match=r"HTTPError: HTTP Error 404.*; http.*has not SHA-256"):
         make(tmp_path).files()
     assert not (tmp_path / "data").exists()
+
+
+def test_an_answer_that_is_no_http_counts_as_a_failed_mirror(tmp_path, mirror, monkeypatch):
+    fill(mirror, PACKED)
+    good = MIRRORS["mnist"][1]
+    monkeypatch.setitem(MIRRORS, "mnist", (f"{good}garbled/", good))
+    assert_is_the_data(load(make(tmp_path)))
+    monkeypatch.setitem(MIRRORS, "mnist", (f"{good}garbled/",))
+    with pytest.raises(ConfigError, match="BadStatusLine: nonsense"):
+        make(tmp_path / "elsewhere").files()
 
 
 @pytest.mark.parametrize(
