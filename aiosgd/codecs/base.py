@@ -420,9 +420,13 @@ def mean(values: Mapping[int, Array]) -> Array:
     Raises:
         ValueError: there are no values.
     """
-    first, *others = sorted(values)
-    total: Array = values[first].copy()
-    for key in others:
-        total += values[key]
+    if not values:
+        raise ValueError("the mean of no values")
+    first, *others = (values[key] for key in sorted(values))
+    if not others:
+        return first.copy()
+    total: Array = np.add(first, others[0])  # saves a pass over memory that a copy would take
+    for other in others[1:]:
+        total += other
     total /= len(values)
     return total

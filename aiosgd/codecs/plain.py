@@ -15,8 +15,9 @@ class Plain(Codec):
     Traffic: each block goes to every worker that did not compute it, (n - r) · B payloads per
     step for n workers and redundancy r.
 
-    With redundancy the first copy of a block counts. Copies are equal unless the compressor has
-    memory or draws random numbers; with one of those, take redundancy 1.
+    With redundancy the first copy of a block counts, and nobody waits for another worker's. Copies
+    are equal unless the compressor has memory or draws random numbers; with one of those, take
+    redundancy 1.
 
     In async mode the mean of a step is published when its last block arrives, however late; a
     worker applies the sum of what was published since its last step. No block is lost or counted

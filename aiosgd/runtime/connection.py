@@ -232,6 +232,7 @@ class Link(asyncio.BufferedProtocol):
         self._inbox = _Inbox(limits)
         self._outbox = _Outbox()
         self._transport: asyncio.Transport
+        self._connected = False
         self._paused = False
         self._scheduled = False
         self._closed = False  # nothing more to send or to deliver; the end itself may come later
@@ -396,6 +397,7 @@ class Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Set the connection up; called by the transport."""
         self._transport = cast("asyncio.Transport", transport)
+        self._connected = True
         self.address = _format_address(transport.get_extra_info("peername"))
         self.last_heard = self.last_sent = self._loop.time()
         # Transports pause above the mark on plain sockets but at the mark under TLS, where 0 would
@@ -406,6 +408,8 @@ class Link(asyncio.BufferedProtocol):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._closed:
+            self._transport.abort()
 
     def close(self) -> None:
         """End the link in order, once everything queued has left; later frames are ignored."""
@@ -433,10 +437,11 @@ class Link(asyncio.BufferedProtocol):
         self._linger = self._loop.call_later(LINGER, self._transport.abort)
 
     def abort(self, reason: Exception | None = None) -> None:
-        """Break the link off; `on_closed` gets the first reason."""
+        """Break the link off, even before it is made; `on_closed` gets the first reason."""
         self._closed = True
         self._reason = self._reason or reason
-        self._transport.abort()
+        if self._connected:
+            self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         """Tell everybody that the link is gone; called once by the transport."""

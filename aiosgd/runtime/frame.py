@@ -129,7 +129,8 @@ class Encoded(NamedTuple):
 
 
 def _standard_dtypes() -> list[np.dtype[Any]]:
-    codes = ("?", *"bBhHiIqQ", "e", "f", "d", "F", "D")
+    # by size: np.dtype("q") has the same name as int64, but scalars of another class
+    codes = ("?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16")
     return [np.dtype(code).newbyteorder("<") for code in codes]
 
 

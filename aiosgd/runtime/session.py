@@ -7,6 +7,7 @@ a transport and an executor. It never sees a socket, so it runs unchanged on sim
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -96,6 +97,7 @@ class Place:
         workers, servers: ids of all nodes of the job.
         report: takes Progress and Evaluation.
         log: writes a line to the node's log of this job.
+        clock: the time in seconds, finely; uvloop's own clock counts whole milliseconds.
     """
 
     node: int
@@ -105,6 +107,7 @@ class Place:
     executor: Compute
     report: Callable[[Progress | Evaluation], None]
     log: Callable[[str], None]
+    clock: Callable[[], float] = time.perf_counter
 
 
 class Session:
@@ -348,7 +351,7 @@ class Session:
     # what a run leaves
 
     def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+        return self.place.clock()
 
     def _epoch(self, step: int) -> int:
         return step // self._load.steps_per_epoch

@@ -17,12 +17,12 @@ from aiosgd.runtime.config import (
     Cluster,
     Compute,
     JobConfig,
-    _Lines,
     from_dict,
     load_cluster,
     make_job,
     to_dict,
 )
+from aiosgd.runtime.toml_source import _Lines
 
 NODES = 'workers = ["a:1", "b:2", "c:3"]\nservers = ["s:1"]\n'
 

@@ -32,7 +32,7 @@ from aiosgd.runtime.frame import (
     encode,
 )
 
-DTYPES = ["?", *"bBhHiIqQ", *"efdFD"]
+DTYPES = ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16"]
 
 
 def joined(encoded):

@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+
+from aiosgd.codecs.parameter_server import ParameterServer
+from aiosgd.codecs.plain import Plain
+from aiosgd.codecs.testing import LocalCluster
+
+INITIAL = np.linspace(-1, 1, 20, dtype=np.float32)
+
+
+def updates(step, block):
+    return np.random.default_rng([step, block]).normal(size=20) * 10.0 ** (block % 5 - 4)
+
+
+def cluster_of(workers, **facts):
+    return LocalCluster(ParameterServer, workers=workers, initial=INITIAL, **facts)
+
+
+def final_weights(results, worker):
+    """Return what a worker holds in the end: float32, one addition per result."""
+    weights = INITIAL.copy()
+    for step in results:
+        if step[worker] is not None:
+            weights += step[worker]
+    return weights
+
+
+class Coarse:
+    """A lossy compressor without memory: the largest quarter of the values, at half precision."""
+
+    def __init__(self, rng):
+        pass
+
+    def compress(self, array, stream):
+        kept = np.argsort(-np.abs(array), kind="stable")[: array.size // 4]
+        return {"size": array.size, "at": kept, "values": array[kept].astype(np.float16)}
+
+    def decompress(self, payload):
+        array = np.zeros(payload["size"], np.float32)
+        array[payload["at"]] = payload["values"]
+        return array
+
+
+@pytest.mark.parametrize("fifo", [True, False])
+@pytest.mark.parametrize("seed", range(10))
+async def test_sync_results_have_the_same_bits_whatever_the_order(seed, fifo):
+    reference = cluster_of(5, seed=1000)
+    expected = await reference.run(updates, steps=4)
+    cluster = cluster_of(5, seed=seed, fifo=fifo)
+    results = await cluster.run(updates, steps=4)
+    for step in range(4):
+        found = {one.tobytes() for one in (*results[step].values(), *expected[step].values())}
+        assert len(found) == 1
+    assert cluster.codecs[-1].weights().tobytes() == reference.codecs[-1].weights().tobytes()
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_sync_updates_are_applied_as_plain_s_mean(seed):
+    served = await cluster_of(4, seed=seed).run(updates, steps=3)
+    plain = await LocalCluster(Plain, workers=4).run(updates, steps=3)
+    for step in range(3):
+        np.testing.assert_allclose(served[step][0], plain[step][0], atol=1e-6)
+
+
+@pytest.mark.parametrize("compressor", [None, Coarse])
+@pytest.mark.parametrize("seed", range(5))
+async def test_sync_the_mirror_is_bit_for_bit_what_every_worker_holds(seed, compressor):
+    cluster = cluster_of(4, seed=seed, compressor=compressor)
+    results = await cluster.run(updates, steps=6)
+    (mirror,) = cluster.codecs[-1].mirrors.values()
+    for worker in range(4):
+        assert final_weights(results, worker).tobytes() == mirror.tobytes()
+
+
+@pytest.mark.parametrize(("workers", "redundancy"), [(3, 2), (4, 2), (3, 3)])
+@pytest.mark.parametrize("seed", range(8))
+async def test_sync_a_block_s_second_copy_counts_once(workers, redundancy, seed):
+    cluster = cluster_of(workers, redundancy=redundancy, seed=seed)
+    await cluster.run(updates, steps=4)
+    blocks = range(cluster.codecs[0].ctx.block_count)
+    means = [np.mean([updates(step, block) for block in blocks], axis=0) for step in range(4)]
+    np.testing.assert_allclose(cluster.codecs[-1].weights(), INITIAL + sum(means), atol=1e-5)
+
+
+async def test_sync_redundancy_makes_up_for_a_worker_that_computes_nothing():
+    cluster = LocalCluster(ParameterServer, workers=3, redundancy=2, initial=[1.0])
+    results = await cluster.step({0: {0: 1.0, 1: 2.0}, 1: {0: 1.0, 2: 6.0}})
+    assert results == {worker: [3.0] for worker in range(3)}
+
+
+async def test_sync_an_update_is_one_message_up_and_the_difference_one_down():
+    cluster = cluster_of(3)
+    await cluster.run(updates, steps=2)
+    up = sorted((one.step, one.sender) for one in cluster.sent if one.to == -1)
+    down = sorted((one.step, one.to) for one in cluster.sent if one.sender == -1)
+    assert up == down == [(step, worker) for step in range(2) for worker in range(3)]
+
+
+async def test_what_compression_loses_comes_with_later_differences():
+    cluster = cluster_of(2, compressor=Coarse)
+    await cluster.step({0: updates(0, 4), 1: updates(1, 4)})
+    server = cluster.codecs[-1]
+    gaps = [np.abs(server.weights() - final_weights(cluster.results, 0)).max()]
+    for _ in range(4):
+        await cluster.step({0: np.zeros(20), 1: np.zeros(20)})
+        gaps.append(np.abs(server.weights() - final_weights(cluster.results, 0)).max())
+    assert gaps[0] > 0.1
+    assert gaps[-1] < 1e-6
+
+
+@pytest.mark.parametrize("redundancy", [1, 2])
+@pytest.mark.parametrize("seed", range(10))
+async def test_async_the_server_s_weights_are_the_initial_ones_plus_all_it_got(seed, redundancy):
+    cluster = cluster_of(3, mode="async", redundancy=redundancy, seed=seed, steps=5)
+    await cluster.run(updates, steps=5)
+    total = redundancy * sum(updates(step, block) for step in range(5) for block in range(3))
+    np.testing.assert_allclose(cluster.codecs[-1].weights(), INITIAL + total, atol=1e-5)
+
+
+@pytest.mark.parametrize("redundancy", [1, 2])
+@pytest.mark.parametrize("seed", range(10))
+async def test_async_every_worker_ends_with_the_server_s_weights(seed, redundancy):
+    cluster = cluster_of(4, mode="async", redundancy=redundancy, seed=seed, steps=5)
+    results = await cluster.run(updates, steps=5)
+    for worker in range(4):
+        ends_with = final_weights(results, worker)
+        np.testing.assert_allclose(ends_with, cluster.codecs[-1].weights(), atol=1e-5)
+
+
+async def test_async_the_sender_alone_is_answered_with_all_that_it_lacks():
+    cluster = LocalCluster(ParameterServer, workers=2, mode="async", initial=[0.0], steps=9)
+    cluster.begin({0: [1.0], 1: [2.0]})
+    await cluster.deliver(None, 0)
+    await cluster.deliver(0, -1)
+    await cluster.deliver(None, 1)
+    await cluster.deliver(1, -1)
+    answers = [(one.to, one.content["difference"]) for one in cluster.sent if one.sender == -1]
+    assert answers == [(0, [1.0]), (1, [3.0])]
+
+
+async def test_the_server_s_weights_are_given_as_a_copy():
+    cluster = cluster_of(2)
+    assert cluster.codecs[0].weights() is None
+    cluster.codecs[-1].weights()[:] = 0
+    assert cluster.codecs[-1].weights().tobytes() == INITIAL.tobytes()

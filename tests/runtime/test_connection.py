@@ -1,0 +1,1099 @@
+"""Links and meshes over real sockets, on asyncio's loop and on uvloop."""
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import weakref
+
+import numpy as np
+import pytest
+import uvloop
+
+from aiosgd.errors import ClusterError, LocalProtocolError, PeerLostError, RemoteProtocolError
+from aiosgd.runtime import connection
+from aiosgd.runtime.connection import Link, Mesh, connect, listen
+from aiosgd.runtime.frame import HEADER, Encoded, Kind, Limits, encode
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+def on_both_loops(test):
+    """Run a coroutine function as two tests; errors that only reach the loop's log fail it too."""
+
+    def run(loop_name, **arguments):
+        with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
+            errors = []
+            runner.get_loop().set_exception_handler(lambda _, context: errors.append(context))
+            runner.run(asyncio.wait_for(test(**arguments), 20))
+            assert not errors
+
+    functools.update_wrapper(run, test)
+    del run.__wrapped__
+    run.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter("loop_name", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            *inspect.signature(test).parameters.values(),
+        ]
+    )
+    return pytest.mark.parametrize("loop_name", LOOPS)(run)
+
+
+class End:
+    """One end of a link: keeps what comes, and can be awaited."""
+
+    def __init__(self):
+        self.frames = asyncio.Queue()
+        self.closed = asyncio.get_running_loop().create_future()
+        self.link = None
+
+    def on_frame(self, link, kind, number, content, size):
+        self.frames.put_nowait((kind, number, content, size))
+
+    def on_closed(self, link, reason):
+        self.closed.set_result(reason)  # raises if called twice
+
+    def make(self, limits=connection.DEFAULT_LIMITS):
+        self.link = Link(self.on_frame, self.on_closed, limits)
+        return self.link
+
+    async def content(self):
+        return (await self.frames.get())[2]
+
+
+async def pair(sockets=None, limits=connection.DEFAULT_LIMITS):
+    """Return two ends that are connected, by default over a socket pair."""
+    loop = asyncio.get_running_loop()
+    ends = End(), End()
+    for end, sock in zip(ends, sockets or socket.socketpair(), strict=True):
+        await loop.create_connection(functools.partial(end.make, limits), sock=sock)
+    return ends
+
+
+async def end_and_socket(limits=connection.DEFAULT_LIMITS):
+    """Return an end and the bare, non-blocking socket that it talks to."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    end = End()
+    await asyncio.get_running_loop().create_connection(
+        functools.partial(end.make, limits), sock=ours
+    )
+    return end, theirs
+
+
+async def turns(count=5):
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def joined(frame):
+    return b"".join(frame.buffers)
+
+
+def is_closed_with(reason, kind, words):
+    return type(reason) is kind and words in str(reason)
+
+
+# Links: what is sent arrives
+
+
+@on_both_loops
+async def test_frames_arrive_in_order_with_kind_number_and_size():
+    a, b = await pair()
+    sent = [encode(i, Kind.MESSAGE, i) for i in range(300)] + [encode(None, Kind.PING)]
+    for frame in sent:
+        a.link.send(frame)
+    for i, frame in enumerate(sent[:-1]):
+        assert await b.frames.get() == (Kind.MESSAGE, i, i, frame.size)
+    assert await b.frames.get() == (Kind.PING, 0, None, 16)
+
+
+@on_both_loops
+async def test_large_and_small_frames_arrive_mixed():
+    a, b = await pair()
+    arrays = [np.arange(size, dtype="u1") for size in (10, 600, 70_000, 0, 3_000_000, 65_536, 1)]
+    for array in arrays:
+        a.link.send(encode({"x": [array, (array[: len(array) // 2],)]}))
+    for array in arrays:
+        received = (await b.content())["x"]
+        assert np.array_equal(received[0], array)
+        assert np.array_equal(received[1][0], array[: len(array) // 2])
+        assert not received[0].flags.writeable
+        if array.nbytes >= 512:
+            assert received[0].ctypes.data % 64 == 0
+
+
+@on_both_loops
+async def test_every_size_around_the_staging_buffer_arrives():
+    a, b = await pair()
+    staging = connection.STAGING_SIZE
+    overhead = encode(np.zeros(20_000, "u1")).size - 20_000
+    for size in range(staging - overhead - 2, staging - overhead + 3):
+        a.link.send(encode(1))
+        a.link.send(encode(np.full(size, size % 251, "u1")))
+        assert await b.content() == 1
+        received = await b.content()
+        assert received.shape == (size,)
+        assert (received == size % 251).all()
+
+
+@on_both_loops
+async def test_the_largest_metadata_arrives_with_a_body():
+    a, b = await pair()
+    content = ["x" * 65_400, np.arange(100_000.0)]
+    a.link.send(encode(1))
+    a.link.send(encode(content))
+    assert await b.content() == 1
+    received = await b.content()
+    assert received[0] == content[0]
+    assert np.array_equal(received[1], content[1])
+
+
+@on_both_loops
+async def test_frames_arrive_in_pieces_of_one_byte():
+    end, theirs = await end_and_socket()
+    loop = asyncio.get_running_loop()
+    with theirs:
+        data = joined(encode([1, np.arange(100.0)])) + joined(encode(None, Kind.CREDIT, 2))
+        for i in range(len(data)):
+            await loop.sock_sendall(theirs, data[i : i + 1])
+            await turns(1)
+        assert np.array_equal((await end.content())[1], np.arange(100.0))
+        assert (await end.frames.get())[:2] == (Kind.CREDIT, 2)
+        assert end.frames.empty()
+        end.link.abort()
+    await end.closed
+
+
+@pytest.mark.parametrize("piece", [7, 4096, 65_537, 500_000])
+@on_both_loops
+async def test_a_large_frame_arrives_in_pieces_of_any_size(piece):
+    end, theirs = await end_and_socket()
+    loop = asyncio.get_running_loop()
+    array = np.arange(9000 if piece < 100 else 150_000, dtype="f8")
+    data = joined(encode(array)) + joined(encode("next"))
+    with theirs:
+        for i in range(0, len(data), piece):
+            await loop.sock_sendall(theirs, data[i : i + piece])
+        assert np.array_equal(await end.content(), array)
+        assert await end.content() == "next"
+        end.link.abort()
+    await end.closed
+
+
+@on_both_loops
+async def test_both_sides_send_much_at_once():
+    """A reader that waits for anything would stand still here for ever."""
+    a, b = await pair()
+    frame = encode(np.arange(1 << 19, dtype="f8"))
+    for _ in range(40):
+        a.link.send(frame)
+        b.link.send(frame)
+    for _ in range(40):
+        for end in (a, b):
+            assert (await end.content())[-1] == (1 << 19) - 1
+    assert a.link.bytes_sent == b.link.bytes_received == 40 * frame.size
+    assert a.link.messages_sent == b.link.messages_received == 40
+
+
+@on_both_loops
+async def test_many_small_frames_leave_in_one_write():
+    end, theirs = await end_and_socket()
+    frames = [encode("x" * i) for i in range(50)]
+    for frame in frames:
+        end.link.send(frame)
+    await turns()
+    with theirs:
+        assert theirs.recv(1 << 20) == b"".join(map(joined, frames))
+        end.link.abort()
+    await end.closed
+
+
+@on_both_loops
+async def test_urgent_frames_overtake_queued_ones_but_not_one_that_has_begun():
+    a, b = await pair()
+    large = encode(np.zeros(8 << 20, "u1"))
+    a.link.send(large)
+    a.link.send(encode("second"))
+    await turns()
+    assert 0 < a.link.queued < large.size + 100  # the large one has begun
+    a.link.send(encode("third"))
+    a.link.send(encode(None, Kind.PING), urgent=True)
+    a.link.send(encode(None, Kind.CREDIT, 1), urgent=True)
+    kinds = [(await b.frames.get()) for _ in range(5)]
+    assert [kind for kind, *_ in kinds] == [1, Kind.PING, Kind.CREDIT, 1, 1]
+    assert [content for *_, content, _ in kinds[3:]] == ["second", "third"]
+
+
+@on_both_loops
+async def test_only_messages_count():
+    a, b = await pair()
+    for kind in (Kind.HELLO, Kind.MESSAGE, Kind.CREDIT, Kind.PING):
+        a.link.send(encode(None, kind))
+    for _ in range(4):
+        await b.frames.get()
+    assert (a.link.messages_sent, a.link.bytes_sent) == (1, 16)
+    assert (b.link.messages_received, b.link.bytes_received) == (1, 16)
+
+
+@on_both_loops
+async def test_flushed_waits_until_the_kernel_has_every_byte():
+    end, theirs = await end_and_socket()
+    loop = asyncio.get_running_loop()
+    await end.link.flushed()
+    frame = encode(np.ones(4 << 20, "u1"))
+    end.link.send(frame)
+    flushed = asyncio.ensure_future(end.link.flushed())
+    await turns()
+    assert not flushed.done()
+    assert 0 < end.link.queued <= frame.size
+    with theirs:
+        received = 0
+        while not flushed.done():
+            received += len(await loop.sock_recv(theirs, 1 << 18))
+        assert end.link.queued == 0
+        theirs.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                received += len(theirs.recv(1 << 20))
+        assert received == frame.size
+        end.link.abort()
+    await end.closed
+
+
+@on_both_loops
+async def test_a_sent_array_is_kept_until_it_has_left_and_no_longer():
+    a, b = await pair()
+    array = np.ones(4 << 20, "u1")
+    alive = weakref.ref(array)
+    a.link.send(encode(array))
+    del array
+    await turns()
+    assert alive() is not None
+    await b.content()
+    await a.link.flushed()
+    await turns()
+    assert alive() is None
+
+
+@on_both_loops
+async def test_a_received_body_is_free_when_its_last_array_is_gone():
+    a, b = await pair()
+    a.link.send(encode(np.ones(1 << 20)))
+    a.link.send(encode(1))
+    received = await b.content()
+    assert await b.content() == 1
+    alive = weakref.ref(received.base)
+    del received
+    assert alive() is None
+
+
+# Links: handlers
+
+
+@on_both_loops
+async def test_a_handler_may_be_replaced_between_two_frames_of_one_read():
+    a, b = await pair()
+    other = End()
+
+    def first(link, kind, number, content, size):
+        link.on_frame = other.on_frame
+
+    b.link.on_frame = first
+    for i in range(3):
+        a.link.send(encode(i))
+    assert [await other.content() for _ in range(2)] == [1, 2]
+
+
+@on_both_loops
+async def test_frames_wait_while_there_is_no_handler():
+    a, b = await pair()
+
+    def first(link, kind, number, content, size):
+        b.on_frame(link, kind, number, content, size)
+        link.on_frame = None
+
+    b.link.on_frame = first
+    for i in range(1000):
+        a.link.send(encode([i, b"x" * 1000]))
+    a.link.send(encode(np.ones(1 << 17)))
+    assert (await b.content())[0] == 0
+    await turns()
+    assert b.frames.empty()
+    b.link.on_frame = b.on_frame
+    assert [(await b.content())[0] for _ in range(999)] == list(range(1, 1000))
+    assert (await b.content()).sum() == 1 << 17
+
+
+@on_both_loops
+async def test_reading_rests_while_there_is_no_handler():
+    a, b = await pair()
+    b.link.on_frame = None
+    a.link.send(encode(np.ones(4 << 20, "u1")))
+    a.link.send(encode(np.ones(4 << 20, "u1")))
+    a.link.send(encode(np.ones(4 << 20, "u1")))
+    while not b.link.messages_received:
+        await turns(1)
+    await turns(50)
+    assert b.link.messages_received == 1
+    assert a.link.queued > 1 << 20
+
+
+# Links: the end
+
+
+@on_both_loops
+async def test_close_delivers_what_was_queued_and_both_ends_are_told_once():
+    a, b = await pair()
+    a.link.send(encode(np.arange(3_000_000)))
+    a.link.send(encode("last"))
+    a.link.close()
+    a.link.close()
+    assert a.link.is_closed
+    with pytest.raises(PeerLostError, match="closed"):
+        a.link.send(encode(1))
+    assert len(await b.content()) == 3_000_000
+    assert await b.content() == "last"
+    assert await a.closed is None
+    assert await b.closed is None
+    with pytest.raises(PeerLostError, match="closed"):
+        b.link.send(encode(1))
+
+
+@on_both_loops
+async def test_close_loses_nothing_although_the_peer_is_still_talking(tcp=True):
+    """Unread bytes turn an immediate close into a reset, which would destroy the last message."""
+    a, b = await tcp_pair()
+    b.link.send(encode(np.ones(1 << 18)))
+    a.link.send(encode(np.ones(1 << 18)))
+    a.link.send(encode("last"))
+    a.link.close()
+    assert (await b.content()).sum() == 1 << 18
+    assert await b.content() == "last"
+    await a.closed
+    await b.closed
+
+
+@on_both_loops
+async def test_both_sides_may_close_at_once():
+    a, b = await pair()
+    a.link.close()
+    b.link.close()
+    assert [await a.closed, await b.closed] == [None, None]
+
+
+@on_both_loops
+async def test_a_peer_that_never_ends_is_cut_off(monkeypatch):
+    monkeypatch.setattr(connection, "LINGER", 0.001)
+    end, theirs = await end_and_socket()
+    with theirs:
+        end.link.close()
+        assert await end.closed is None
+
+
+@on_both_loops
+async def test_abort_gives_the_reason_to_us_and_a_loss_to_the_peer():
+    a, b = await pair()
+    reason = PeerLostError("silent")
+    b.link.send(encode(np.ones(1 << 20)))
+    waiting = asyncio.ensure_future(b.link.flushed())
+    await turns()
+    a.link.abort(reason)
+    a.link.abort(RuntimeError("too late"))
+    assert await a.closed is reason
+    assert isinstance(await b.closed, PeerLostError)
+    with pytest.raises(PeerLostError):
+        await waiting
+    with pytest.raises(PeerLostError, match="silent"):
+        a.link.send(encode(1))
+
+
+@on_both_loops
+async def test_flushed_of_a_broken_link_raises():
+    end, theirs = await end_and_socket()
+    with theirs:
+        end.link.send(encode(np.ones(1 << 20)))
+        await turns()
+        end.link.abort()
+        with pytest.raises(PeerLostError):
+            await end.link.flushed()
+        await end.closed
+        await end.link.flushed()  # nothing is queued any more
+
+
+@on_both_loops
+async def test_a_link_may_be_aborted_before_it_is_made():
+    end = End()
+    reason = RemoteProtocolError("too many")
+
+    def refuse():
+        link = end.make()
+        link.abort(reason)
+        return link
+
+    ours, theirs = socket.socketpair()
+    with theirs:
+        await asyncio.get_running_loop().create_connection(refuse, sock=ours)
+        assert await end.closed is reason
+
+
+@pytest.mark.parametrize("cut", [1, 15, 16, 20, 300, 70_000])
+@on_both_loops
+async def test_a_peer_that_dies_within_a_frame_is_lost(cut):
+    end, theirs = await end_and_socket()
+    data = joined(encode("x" * 500)) if cut < 500 else joined(encode(np.ones(100_000)))
+    theirs.send(data[:cut])
+    theirs.close()
+    assert is_closed_with(await end.closed, PeerLostError, "middle of a frame")
+
+
+@on_both_loops
+async def test_a_reset_is_a_lost_peer():
+    a, b = await tcp_pair()
+    hard = struct.pack("ii", 1, 0)
+    b.link._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, hard)
+    b.link.abort()
+    assert is_closed_with(await a.closed, PeerLostError, "Connection reset by peer")
+
+
+GARBAGE = {
+    "http": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "0x47"),
+    "zeros": (bytes(100), "0x00"),
+    "kind": (HEADER.pack(0xA5, 2, 0, 0, 0), "kind 2"),
+    "metadata": (HEADER.pack(0xA5, 1, 0, 1 << 31, 0), "metadata"),
+    "body": (HEADER.pack(0xA5, 1, 0, 5, 5000), "at most 4096"),
+    "content": (HEADER.pack(0xA5, 1, 0, 1, 0) + b"\xc1", "metadata"),
+    "body without arrays": (HEADER.pack(0xA5, 1, 0, 1, 4) + b"\x01abcd", "arrays end at 0"),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+@pytest.mark.parametrize("before", [0, 3])
+@on_both_loops
+async def test_garbage_closes_the_link_with_a_reason(name, before):
+    data, words = GARBAGE[name]
+    end, theirs = await end_and_socket(Limits(max_body=4096))
+    with theirs:
+        theirs.send(joined(encode("good")) * before + data + joined(encode("never")))
+        assert is_closed_with(await end.closed, RemoteProtocolError, words)
+    assert [await end.content() for _ in range(before)] == ["good"] * before
+    assert end.frames.empty()
+
+
+@on_both_loops
+async def test_a_refused_large_body_is_freed_with_the_link():
+    """The reason is kept for reports; it must not keep the frame that it complains about."""
+    end, theirs = await end_and_socket()
+    loop = asyncio.get_running_loop()
+    made = []
+    original, connection_allocate = connection.allocate, "allocate"
+    with theirs, pytest.MonkeyPatch.context() as patch:
+
+        def allocate(size):
+            body = original(size)
+            made.append(weakref.ref(body.base))
+            return body
+
+        patch.setattr(connection, connection_allocate, allocate)
+        data = HEADER.pack(0xA5, 1, 0, 1, 1 << 20) + b"\x01" + bytes(1 << 20)
+        await loop.sock_sendall(theirs, data)
+        reason = await end.closed
+    assert is_closed_with(reason, RemoteProtocolError, "arrays end at 0")
+    end.link = None
+    assert [ref() for ref in made] == [None]
+
+
+@on_both_loops
+async def test_limits_may_be_replaced():
+    a, b = await pair(limits=Limits(max_metadata=10, max_body=0))
+    b.link.limits = Limits()
+    a.link.send(encode("longer than ten bytes"))
+    assert await b.content() == "longer than ten bytes"
+    b.link.limits = Limits(max_metadata=10)
+    a.link.send(encode("longer than ten bytes"))
+    assert is_closed_with(await b.closed, RemoteProtocolError, "at most 10")
+
+
+@on_both_loops
+async def test_a_handler_that_refuses_a_frame_closes_the_link():
+    a, b = await pair()
+
+    def refuse(*_):
+        raise RemoteProtocolError("not now")
+
+    b.link.on_frame = refuse
+    a.link.send(encode(1))
+    assert is_closed_with(await b.closed, RemoteProtocolError, "not now")
+
+
+@on_both_loops
+async def test_a_late_handler_that_refuses_a_frame_closes_the_link():
+    a, b = await pair()
+
+    def refuse(*_):
+        raise RemoteProtocolError("not now")
+
+    b.link.on_frame = None
+    a.link.send(encode(1))
+    while not b.link.messages_received:
+        await turns(1)
+    b.link.on_frame = refuse
+    assert is_closed_with(await b.closed, RemoteProtocolError, "not now")
+
+
+@on_both_loops
+async def test_last_heard_and_last_sent_follow_the_clock():
+    loop = asyncio.get_running_loop()
+    a, b = await pair()
+    a.link.last_sent = b.link.last_heard = 0.0
+    a.link.send(encode(None, Kind.PING))
+    await b.frames.get()
+    assert loop.time() - 5 < a.link.last_sent <= loop.time()
+    assert loop.time() - 5 < b.link.last_heard <= loop.time()
+
+
+@on_both_loops
+async def test_tls_carries_frames_of_any_size(tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl to make a certificate")
+    server_context, client_context = tls_contexts(tmp_path)
+    loop = asyncio.get_running_loop()
+    a, b = End(), End()
+    server = await loop.create_server(b.make, "127.0.0.1", 0, ssl=server_context)
+    await loop.create_connection(
+        a.make, *server.sockets[0].getsockname(), ssl=client_context, server_hostname="localhost"
+    )
+    while b.link is None or not b.link._connected:
+        await turns(1)
+    for size in (1, 1000, 1 << 20, 5 << 20):
+        a.link.send(encode(np.ones(size, "u1")))
+        b.link.send(encode(np.ones(size, "u1")))
+        assert (await b.content()).sum() == size
+        assert (await a.content()).sum() == size
+    await a.link.flushed()
+    a.link.send(encode("last"))
+    a.link.close()
+    assert await b.content() == "last"
+    await a.closed
+    await b.closed
+    server.close()
+
+
+def tls_contexts(folder):
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+        + ["-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+        + ["-keyout", key, "-out", certificate],
+        check=True,
+        capture_output=True,
+    )
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(certificate, key)
+    return server, ssl.create_default_context(cafile=certificate)
+
+
+# Connecting
+
+
+async def tcp_pair():
+    a, b = End(), End()
+    server = await listen("127.0.0.1", 0, b.make)
+    host, port = server.sockets[0].getsockname()
+    a.link = await connect(host, port, a.on_frame, a.on_closed, 5)
+    while b.link is None or not b.link._connected:
+        await turns(1)
+    server.close()
+    return a, b
+
+
+@on_both_loops
+async def test_connect_and_listen():
+    a, b = await tcp_pair()
+    a.link.send(encode("hello", Kind.HELLO))
+    assert await b.frames.get() == (Kind.HELLO, 0, "hello", 22)
+    for end in (a, b):
+        sock = end.link._transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert "127.0.0.1:" in repr(a.link)
+    assert "open" in repr(a.link)
+    a.link.close()
+    assert "closed" in repr(a.link)
+    await a.closed
+    await b.closed
+
+
+@on_both_loops
+async def test_a_refused_connection_names_address_and_cause():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(ClusterError, match=f"127.0.0.1:{port}.*Connection refused"):
+        await connect("127.0.0.1", port, None, print, 5)
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("127.0.0.1", 70_000), ("x" * 70 + ".invalid", 1), ("256.1.1.1.1.", 1)]
+)
+@on_both_loops
+async def test_an_impossible_address_is_a_cluster_error(host, port):
+    with pytest.raises(ClusterError, match=f"{host}:{port} cannot be reached: "):
+        await connect(host, port, None, print, 5)
+    with pytest.raises(ClusterError, match=f"cannot listen on {host}:{port}: "):
+        await listen(host, port, End().make)
+
+
+@on_both_loops
+async def test_an_unknown_host_is_named_with_the_cause(monkeypatch):
+    async def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    class Loop:
+        create_connection = unknown
+
+    monkeypatch.setattr(asyncio, "get_running_loop", Loop)
+    with pytest.raises(ClusterError, match="nowhere:1 .*: Name or service not known"):
+        await connect("nowhere", 1, None, print, 5)
+
+
+@on_both_loops
+async def test_no_answer_in_time_is_named():
+    """A listener whose backlog is full does not answer at all."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        port = listener.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"127.0.0.1:{port} does not answer within 0.02 s"):
+            await connect("127.0.0.1", port, None, print, 0.02)
+
+
+@on_both_loops
+async def test_a_port_in_use_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"127.0.0.1:{port}: Address already in use"):
+            await listen("127.0.0.1", port, End().make)
+
+
+# Meshes
+
+
+class Node:
+    """A mesh that keeps what it is told; `consume=True` consumes at once."""
+
+    def __init__(self, node, consume=False, eager=True):
+        self.messages = asyncio.Queue()
+        self.losses = asyncio.Queue()
+        self.consume = consume
+        self.mesh = Mesh(node, self.deliver, self.lost, eager)
+
+    def deliver(self, sender, content, size):
+        self.messages.put_nowait((sender, content, size))
+        if self.consume:
+            self.mesh.consumed(sender)
+
+    def lost(self, peer, reason):
+        self.losses.put_nowait((peer, reason))
+
+    def link(self, peer):
+        return self.mesh._peers[peer].link
+
+    def outstanding(self, peer):
+        return self.mesh._peers[peer].outstanding
+
+
+async def nodes(count, **options):
+    """Return `count` nodes with a link between any two."""
+    made = [Node(i, **options) for i in range(count)]
+    for i, a in enumerate(made):
+        for j, b in enumerate(made[:i]):
+            x, y = await pair()
+            a.mesh.add(j, x.link)
+            b.mesh.add(i, y.link)
+    return made
+
+
+async def node_and_end(**options):
+    """Return node 0 and the bare end of its link to peer 1."""
+    node = Node(0, **options)
+    a, b = await pair()
+    node.mesh.add(1, a.link)
+    return node, b
+
+
+@on_both_loops
+async def test_one_encoding_serves_many_receivers(monkeypatch):
+    made = await nodes(4)
+    count = []
+    monkeypatch.setattr(connection, "encode", lambda *args: count.append(1) or encode(*args))
+    content = {"x": (1, np.ones(100_000))}
+    size = encode(content).size
+    assert made[0].mesh.send([1, 2, 3], content) == 3 * size
+    for node in made[1:]:
+        sender, received, received_size = await node.messages.get()
+        assert (sender, received_size) == (0, size)
+        assert received["x"][1].sum() == 100_000
+        assert node.mesh.bytes_received == size
+    assert len(count) == 1
+    assert made[0].mesh.bytes_sent == 3 * size
+    assert set(made[0].mesh.peers) == {1, 2, 3}
+
+
+@on_both_loops
+async def test_what_a_node_sends_to_itself_arrives_as_at_others():
+    (node,) = await nodes(1)
+    array = np.arange(1000.0)
+    assert node.mesh.send([0], ("to myself", array)) == 0
+    assert node.messages.empty()  # never from within send
+    array[:] = 0
+    sender, (text, received), size = await node.messages.get()
+    assert (sender, text, size) == (0, "to myself", encode(("to myself", array)).size)
+    assert np.array_equal(received, np.arange(1000.0))
+    assert not received.flags.writeable
+    assert (node.mesh.bytes_sent, node.mesh.bytes_received) == (0, 0)
+    node.mesh.consumed(0)
+    await node.mesh.quiet()
+
+
+@on_both_loops
+async def test_a_refused_send_sends_nothing():
+    a, b = await nodes(2)
+    with pytest.raises(LocalProtocolError, match="node 7"):
+        a.mesh.send([1, 7], 1)
+    with pytest.raises(LocalProtocolError, match="object"):
+        a.mesh.send([1, 0], np.array([None]))
+    assert a.mesh.send([], 1) == 0
+    await turns()
+    assert b.messages.empty()
+    assert a.messages.empty()
+    assert a.outstanding(1) == 0
+
+
+@on_both_loops
+async def test_a_peer_is_added_once():
+    a, _ = await nodes(2)
+    extra, _ = await pair()
+    for peer in (0, 1):
+        with pytest.raises(LocalProtocolError, match=f"peer {peer}"):
+            a.mesh.add(peer, extra.link)
+    extra.link.abort()
+    with pytest.raises(PeerLostError, match="node 5"):
+        a.mesh.add(5, extra.link)
+    await extra.closed
+
+
+@on_both_loops
+async def test_frames_from_before_the_link_was_added_are_delivered():
+    node = Node(0)
+    a, b = await pair()
+    a.link.on_frame = None
+    b.link.send(encode("early"))
+    while not a.link.messages_received:
+        await turns(1)
+    node.mesh.add(1, a.link)
+    b.link.send(encode("late"))
+    assert [(await node.messages.get())[1] for _ in range(2)] == ["early", "late"]
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@on_both_loops
+async def test_room_waits_until_enough_was_consumed(eager):
+    a, b = await nodes(2, eager=eager)
+    await a.mesh.room(0)
+    for i in range(3):
+        a.mesh.send([1], i)
+    await a.mesh.room(3)
+    room, quiet = (asyncio.ensure_future(c) for c in (a.mesh.room(2), a.mesh.quiet()))
+    for _ in range(3):
+        await b.messages.get()
+    await turns(20)
+    assert not room.done()
+    b.mesh.consumed(0)
+    await room
+    assert a.outstanding(1) == 2
+    assert not quiet.done()
+    b.mesh.consumed(0)
+    b.mesh.consumed(0)
+    await quiet
+    assert a.outstanding(1) == 0
+
+
+@on_both_loops
+async def test_room_waits_for_the_slowest_peer():
+    a, b, c = await nodes(3)
+    a.mesh.send([1, 2], "x")
+    waiting = asyncio.ensure_future(a.mesh.quiet())
+    await b.messages.get()
+    await c.messages.get()
+    b.mesh.consumed(0)
+    while a.outstanding(1):
+        await turns(1)
+    await turns()
+    assert not waiting.done()
+    c.mesh.consumed(0)
+    await waiting
+
+
+@on_both_loops
+async def test_a_cancelled_wait_leaves_nothing_behind():
+    a, b = await nodes(2, consume=True)
+    a.mesh.send([1], "x")
+    waiting = asyncio.ensure_future(a.mesh.quiet())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled()
+    await a.mesh.quiet()
+    assert not a.mesh._waiters
+    assert (await b.messages.get())[1] == "x"
+
+
+@on_both_loops
+async def test_credits_of_one_turn_travel_together():
+    node, peer = await node_and_end()
+    for i in range(70):
+        peer.link.send(encode(i))
+    for _ in range(70):
+        await node.messages.get()
+    for _ in range(70):
+        node.mesh.consumed(1)
+    assert await peer.frames.get() == (Kind.CREDIT, 70, None, 16)
+    await turns()
+    assert peer.frames.empty()
+
+
+@on_both_loops
+async def test_unhurried_credits_travel_in_front_of_the_next_message(monkeypatch):
+    monkeypatch.setattr(connection, "CREDIT_DELAY", 3600)
+    node, peer = await node_and_end(eager=False)
+    peer.link.send(encode(1))
+    await node.messages.get()
+    node.mesh.consumed(1)
+    await turns(20)
+    assert peer.frames.empty()
+    node.mesh.send([1], "answer")
+    assert (await peer.frames.get())[:2] == (Kind.CREDIT, 1)
+    assert await peer.content() == "answer"
+    node.mesh.close()
+    await peer.closed
+
+
+@on_both_loops
+async def test_unhurried_credits_travel_alone_in_the_end():
+    node, peer = await node_and_end(eager=False)
+    loop = asyncio.get_running_loop()
+    for _ in range(2):
+        peer.link.send(encode(1))
+        await node.messages.get()
+        began = loop.time()
+        node.mesh.consumed(1)
+        assert (await peer.frames.get())[:2] == (Kind.CREDIT, 1)
+        assert loop.time() - began < 1
+
+
+@on_both_loops
+async def test_many_credits_take_several_frames(monkeypatch):
+    monkeypatch.setattr(connection, "_MAX_NUMBER", 4)
+    node, peer = await node_and_end(consume=True)
+    peer.link.send(Encoded(Kind.MESSAGE, [joined(encode(None)) * 9], 16 * 9))
+    assert [(await peer.frames.get())[1] for _ in range(3)] == [4, 4, 1]
+
+
+@on_both_loops
+async def test_consuming_what_was_never_received_is_our_error():
+    a, b = await nodes(2)
+    with pytest.raises(LocalProtocolError, match="node 1"):
+        a.mesh.consumed(1)
+    with pytest.raises(LocalProtocolError, match="node 9"):
+        a.mesh.consumed(9)
+    b.mesh.send([0], 1)
+    await a.messages.get()
+    a.mesh.consumed(1)
+    with pytest.raises(LocalProtocolError, match="node 1"):
+        a.mesh.consumed(1)
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (encode(None, Kind.CREDIT, 2), "2 messages, but 1 are outstanding"),
+        (encode(None, Kind.HELLO), "HELLO"),
+    ],
+)
+@on_both_loops
+async def test_a_peer_that_breaks_the_rules_is_lost(frame, words):
+    node, peer = await node_and_end()
+    node.mesh.send([1], 1)
+    peer.link.send(frame)
+    number, reason = await node.losses.get()
+    assert number == 1
+    assert is_closed_with(reason, RemoteProtocolError, words)
+    await peer.closed
+    assert not node.mesh.peers
+
+
+@on_both_loops
+async def test_a_lost_peer_wakes_who_waits_and_is_named():
+    a, b, c = await nodes(3)
+    a.mesh.send([1, 2], 1)
+    waiting = asyncio.ensure_future(a.mesh.quiet())
+    await asyncio.sleep(0)
+    b.link(0).abort()
+    with pytest.raises(PeerLostError, match="node 1"):
+        await waiting
+    number, reason = await a.losses.get()
+    assert (number, type(reason)) == (1, PeerLostError)
+    assert set(a.mesh.peers) == {2}
+    with pytest.raises(PeerLostError, match="node 1"):
+        a.mesh.send([2, 1], 2)
+    await c.messages.get()
+    a.mesh.consumed(1)  # of a peer that is gone: nobody to tell
+    c.mesh.consumed(0)
+    await a.mesh.quiet()  # the living peer is enough
+    assert c.messages.empty()
+    assert a.losses.empty()
+
+
+@on_both_loops
+async def test_a_link_about_to_break_takes_no_message():
+    """Between abort and the loop's word about it, nothing may be sent to the others either."""
+    a, _, c = await nodes(3)
+    a.link(1).abort(PeerLostError("gone"))
+    with pytest.raises(PeerLostError, match="node 1"):
+        a.mesh.send([2, 1], 1)
+    await a.losses.get()
+    assert c.messages.empty()
+
+
+@on_both_loops
+async def test_a_lost_peer_may_come_back():
+    a, b = await nodes(2)
+    b.link(0).abort()
+    await a.losses.get()
+    x, y = await pair()
+    a.mesh.add(1, x.link)
+    a.mesh.send([1], "again")
+    assert await y.content() == "again"
+
+
+@on_both_loops
+async def test_close_ends_all_links_in_order_and_says_nothing_here():
+    a, b, c = await nodes(3, eager=False)
+    b.mesh.send([0], 1)
+    await a.messages.get()
+    a.mesh.consumed(1)
+    waiting = asyncio.ensure_future(b.mesh.quiet())
+    a.mesh.send([1, 2], np.ones(1 << 20))
+    stuck = asyncio.ensure_future(a.mesh.quiet())
+    await asyncio.sleep(0)
+    a.mesh.send([0], "never delivered")
+    a.mesh.close()
+    a.mesh.close()
+    with pytest.raises(PeerLostError, match="closed"):
+        await stuck
+    await waiting  # its credit was still returned
+    for node in (b, c):
+        assert (await node.messages.get())[1].sum() == 1 << 20
+        peer, reason = await node.losses.get()
+        assert is_closed_with(reason, PeerLostError, "node 0 closed its link")
+    with pytest.raises(PeerLostError):
+        a.mesh.send([1], 1)
+    with pytest.raises(LocalProtocolError):
+        a.mesh.add(1, (await pair())[0].link)
+    assert a.losses.empty()
+    assert a.messages.empty()
+
+
+# Heartbeats, at times of our choosing
+
+
+@on_both_loops
+async def test_silence_of_more_than_five_seconds_is_a_loss():
+    a, b, _ = await nodes(3)
+    start = a.mesh._last_beat = 1000.0
+    a.link(1).last_heard, a.link(2).last_heard = start, start + 3
+    for second in range(1, 6):
+        assert a.mesh.silent(start + second) == []
+        a.mesh.beat(start + second)
+    assert a.mesh.silent(start + 5.1) == [1]
+    a.mesh.beat(start + 5.1)
+    number, reason = await a.losses.get()
+    assert number == 1
+    assert is_closed_with(reason, PeerLostError, "node 1 has been silent for 5.1 s")
+    assert set(a.mesh.peers) == {2}
+    assert (await b.losses.get())[0] == 0
+    assert a.losses.empty()
+
+
+@on_both_loops
+async def test_a_node_that_slept_itself_blames_nobody():
+    a, _ = await nodes(2)
+    a.mesh._last_beat = a.link(1).last_heard = 1000.0
+    a.mesh.beat(1060.0)
+    assert set(a.mesh.peers) == {1}
+    a.mesh.beat(1061.0)
+    assert not a.mesh.peers
+
+
+@on_both_loops
+async def test_pings_go_where_nothing_else_was_sent():
+    node, peer = await node_and_end()
+    node.mesh.beat(node.link(1).last_sent)
+    assert (await peer.frames.get())[0] is Kind.PING
+    node.link(1).last_sent = 50.0
+    node.mesh._last_beat = 49.9
+    assert node.mesh.idle() == []
+    node.mesh._last_beat = 50.0
+    assert node.mesh.idle() == [1]
+    node.mesh.send([1], "queued")
+    assert node.mesh.idle() == []
+
+
+@on_both_loops
+async def test_pings_keep_a_link_alive_and_are_no_messages():
+    a, b = await nodes(2)
+    b.link(0).last_heard = -1e9
+    a.link(1).last_sent = a.mesh._last_beat = 0.0
+    a.mesh.beat(1.0)
+    while b.link(0).last_heard < 0:
+        await turns(1)
+    assert b.messages.empty()
+    assert (a.mesh.bytes_sent, b.mesh.bytes_received) == (0, 0)
+
+
+@on_both_loops
+async def test_adding_a_link_starts_its_clock():
+    a, b = await pair()
+    a.link.last_heard = -1e9
+    node = Node(0)
+    node.mesh.add(1, a.link)
+    assert node.mesh.silent(asyncio.get_running_loop().time() + 1) == []
+
+
+@on_both_loops
+async def test_watch_beats_once_per_heartbeat(monkeypatch):
+    monkeypatch.setattr(connection, "HEARTBEAT", 0.001)
+    node, peer = await node_and_end()
+    watching = asyncio.ensure_future(node.mesh.watch())
+    for _ in range(3):
+        node.link(1).last_sent = -1.0
+        assert (await peer.frames.get())[0] is Kind.PING
+    watching.cancel()
+    await asyncio.wait([watching])
+    assert watching.cancelled()
+
+
+@on_both_loops
+async def test_repr_names_node_and_peers():
+    a, _ = await nodes(2)
+    assert repr(a.mesh) == "<Mesh of node 0, peers [1]>"

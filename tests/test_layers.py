@@ -1,0 +1,144 @@
+"""Who may import whom: downward only, no input or output in the pure files, one door each."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "aiosgd"
+
+# from the ground up; a module may import from layers below its own, never from its own or above
+LAYERS = [
+    "aiosgd aiosgd.errors",
+    "aiosgd.plugins.registry aiosgd.codecs.base aiosgd.runtime.frame aiosgd.runtime.job",
+    "aiosgd.runtime.toml_source aiosgd.runtime.connection aiosgd.runtime.executor",
+    "aiosgd.runtime.config aiosgd.codecs.* aiosgd.plugins.* aiosgd.legacy",
+    "aiosgd.plugins.kinds aiosgd.runtime.results aiosgd.runtime.hello",
+    "aiosgd.runtime.workload aiosgd.runtime.actor aiosgd.catalogue",
+    "aiosgd.runtime.learner",
+    "aiosgd.runtime.session",
+    "aiosgd.runtime.part aiosgd.display",
+    "aiosgd.runtime.node aiosgd.runtime.coordinator",
+    "aiosgd.aio",
+    "aiosgd.api",
+    "aiosgd.cli",
+    "aiosgd.__main__",
+]
+# never import what does or waits for anything: time is an input, randomness is a generator
+PURE = ["runtime/frame.py", "runtime/job.py", "runtime/toml_source.py", "plugins/compressors.py"]
+PURE += ["plugins/optimizers.py", "plugins/models.py", "plugins/partitions.py"]
+PURE += ["plugins/assignments.py", "codecs/base.py", "codecs/plain.py", "codecs/local.py"]
+PURE += ["codecs/fedavg.py", "codecs/parameter_server.py"]
+DOERS = {"asyncio", "socket", "selectors", "threading", "time", "random", "logging", "uvloop"}
+DOORS = {
+    "msgpack": {"aiosgd.runtime.frame"},
+    "msgpack_numpy": {"aiosgd.runtime.frame"},
+    "typer": {"aiosgd.cli"},
+    "rich": {"aiosgd.display"},
+    "uvloop": {"aiosgd.cli"},
+    "safetensors": {"aiosgd.runtime.results"},
+    "tomli_w": {"aiosgd.runtime.results"},
+    "threadpoolctl": {"aiosgd.runtime.part"},
+}
+
+
+def module_name(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules that a file imports while it runs; types alone do not count."""
+    found = set()
+    for node in runtime_nodes(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return found
+
+
+def runtime_nodes(node: ast.AST):
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from runtime_nodes(child)
+
+
+def layer(module: str) -> int:
+    exact = [i for i, names in enumerate(LAYERS) if module in names.split()]
+    if exact:
+        return exact[0]
+    for i, names in enumerate(LAYERS):
+        if any(module.startswith(n[:-1]) for n in names.split() if n.endswith(".*")):
+            return i
+    raise AssertionError(f"{module} has no layer: add it to LAYERS")
+
+
+def family(module: str) -> str:
+    """A kind of plugin in a folder of its own is one room."""
+    return ".".join(module.split(".")[:3])
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if m not in ("aiosgd.codecs", "aiosgd.runtime")]
+)
+def test_imports_go_downward_only(module):
+    own = [name for name in imports(MODULES[module]) if name.split(".")[0] == "aiosgd"]
+    for other in own:
+        assert other in MODULES
+        same_room = family(other) == family(module) and module.count(".") > 2
+        in_folder = other.startswith(f"{module}.")
+        assert same_room or in_folder or layer(other) < layer(module), f"{module} -> {other}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_plugins_and_codecs_never_see_the_runtime(module):
+    if module.startswith(("aiosgd.codecs", "aiosgd.plugins")):
+        assert not any(name.startswith("aiosgd.runtime") for name in imports(MODULES[module]))
+
+
+@pytest.mark.parametrize("file", PURE)
+def test_pure_files_do_nothing_but_compute(file):
+    assert not {name.split(".")[0] for name in imports(PACKAGE / file)} & DOERS
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_each_library_has_one_door(library):
+    users = {
+        m for m, path in MODULES.items() if library in {n.split(".")[0] for n in imports(path)}
+    }
+    assert users == DOORS[library]
+
+
+def test_the_runtime_knows_no_concrete_plugin():
+    concrete = {"plain", "fedavg", "parameter_server", "local", "testing"}
+    for module, path in MODULES.items():
+        if module.startswith("aiosgd.runtime"):
+            assert not {f"aiosgd.codecs.{name}" for name in concrete} & imports(path)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_runs_code_from_data(module):
+    text = MODULES[module].read_text()
+    assert not re.search(r"\bimport pickle\b|\bpickle\.|(?<![\w.])(eval|exec)\(", text)
+    assert "allow_pickle=True" not in text
+
+
+def test_no_room_for_leftovers():
+    names = {path.stem for path in MODULES.values()}
+    banned = {"utils", "util", "common", "helpers", "interfaces", "constants", "types", "manager"}
+    assert not names & banned
+
+
+def test_the_layer_table_names_only_what_exists():
+    for names in LAYERS:
+        for name in names.split():
+            assert name in MODULES or name.endswith(".*"), name
