@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test clean
 
 demo: .venv/installed
-	$(BIN)/aiosgd run --epochs 30 --set optimizer.momentum=0.9 --title demo
+	$(BIN)/aiosgd run --epochs 40 --learning-rate 0.1 --set optimizer.momentum=0.9 --title demo
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ class Silent:
     def entered(self, *_: Any) -> None:
         """Do nothing."""
 
-    progressed = evaluated = entered
+    progressed = evaluated = printed = entered
 
 
 def default_data_dir() -> Path:
@@ -33,7 +33,7 @@ async def submit(
     cluster: str | Path | Cluster,
     *,
     sets: tuple[str, ...] = (),
-    data_dir: Path | None = None,
+    data_dir: str | Path | None = None,
     observer: Observer | None = None,
     **options: Any,
 ) -> Outcome:
@@ -49,7 +49,9 @@ async def submit(
     Raises:
         ConfigError, PluginError: the job is wrong; no node was spoken to.
         ClusterError: a node is unreachable or refused.
-        JobFailedError: the job failed; JobCancelledError: it was cancelled.
+        JobFailedError: the job failed.
+        asyncio.CancelledError: this call was cancelled; the nodes are free and their logs
+            collected by then.
     """
     if not isinstance(cluster, Cluster):
         cluster = load_cluster(cluster)
@@ -57,7 +59,7 @@ async def submit(
         job=make_job(options, sets, cluster),
         workers=cluster.workers,
         servers=cluster.servers,
-        data_dir=data_dir or default_data_dir(),
+        data_dir=Path(data_dir or default_data_dir()),
     )
     return await run_job(request, observer or Silent())
 
@@ -65,7 +67,7 @@ async def submit(
 async def run(
     *,
     sets: tuple[str, ...] = (),
-    data_dir: Path | None = None,
+    data_dir: str | Path | None = None,
     observer: Observer | None = None,
     **options: Any,
 ) -> Outcome:
@@ -74,20 +76,23 @@ async def run(
     Args and errors: as `submit`. `workers` is 2 unless given; `servers` is 1 if the codec needs
     one.
     """
-    job = make_job({**options, "workers": options.get("workers") or 2}, sets)
+    if options.get("workers") is None:
+        options["workers"] = 2
+    job = make_job(options, sets)
     workers, servers = _sizes(job)
+    observer = observer or Silent()
     launcher = LAUNCHERS.load("local")
     launched = launcher(make_params(launcher, {}, "launcher")).launch(
-        workers, servers, allow_code=_has_code(job)
+        workers, servers, allow_code=_has_code(job), printed=observer.printed
     )
     async with launched as nodes:
         request = Request(
             job=job,
             workers=[Address.parse(text, "local worker") for text in nodes.workers],
             servers=[Address.parse(text, "local server") for text in nodes.servers],
-            data_dir=data_dir or default_data_dir(),
+            data_dir=Path(data_dir or default_data_dir()),
         )
-        return await run_job(request, observer or Silent())
+        return await run_job(request, observer)
 
 
 def _sizes(job: JobConfig) -> tuple[int, int]:
@@ -97,7 +102,7 @@ def _sizes(job: JobConfig) -> tuple[int, int]:
         if job.servers:
             raise ConfigError(f"servers is {job.servers}, but codec {job.codec!r} uses no server")
         return workers, 0
-    return workers, job.servers or 1
+    return workers, 1 if job.servers is None else job.servers
 
 
 def _has_code(job: JobConfig) -> bool:

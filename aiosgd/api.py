@@ -6,8 +6,8 @@ They are synchronous and also work where an event loop already runs, as in a not
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,23 +31,30 @@ def submit(cluster: str | Path | Cluster, **options: Any) -> Result:
 
 
 def wait_for(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, in a thread of its own if this one already has a loop."""
+    """Run a coroutine to its end, in a thread of its own if this one already has a loop.
+
+    KeyboardInterrupt cancels it, and is raised when it has ended.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
-    outcome: list[T] = []
-    failure: list[BaseException] = []
+    return _wait_for_thread(work)
 
-    def target() -> None:
+
+def _wait_for_thread(work: Coroutine[Any, Any, T]) -> T:
+    begun: Future[Callable[[], object]] = Future()
+
+    async def cancellable() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        begun.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
+        return await work
+
+    with ThreadPoolExecutor(1, thread_name_prefix="aiosgd") as thread:
+        outcome = thread.submit(asyncio.run, cancellable())
         try:
-            outcome.append(asyncio.run(work))
-        except BaseException as error:  # noqa: BLE001 - it is raised again below
-            failure.append(error)
-
-    thread = threading.Thread(target=target, name="aiosgd")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+            return outcome.result()
+        except KeyboardInterrupt:
+            begun.result()()
+            raise

@@ -46,18 +46,18 @@ def _registry(kind: str) -> Registry[Any]:
 def _parameters(params: type) -> list[dict[str, Any]]:
     hints = typing.get_type_hints(params)
     return [
-        {"name": field.name, "type": type_name(hints[field.name]), "default": _default(field)}
+        {"name": field.name, "type": type_name(hints[field.name]), **_default(field)}
         for field in dataclasses.fields(params)
         if field.init
     ]
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
     if field.default is not dataclasses.MISSING:
-        return field.default
+        return {"required": False, "default": field.default}
     if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return "required"
+        return {"required": False, "default": field.default_factory()}
+    return {"required": True, "default": None}
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -75,9 +75,12 @@ def page(facts: dict[str, Any]) -> str:
     """Return one plugin's page as text."""
     head = f"{facts['kind']} {facts['name']}  ({facts['target']})"
     origin = f"from {facts['distribution']} {facts['version']}"
-    rows = [
-        f"  {parameter['name']} = {parameter['default']!r}  ({parameter['type']})"
-        for parameter in facts["parameters"]
-    ]
+    rows = [f"  {_usage(parameter)}" for parameter in facts["parameters"]]
     parameters = ["parameters:", *rows] if rows else ["parameters: none"]
     return "\n".join([head, origin, "", facts["description"], "", *parameters])
+
+
+def _usage(parameter: dict[str, Any]) -> str:
+    if parameter["required"]:
+        return f"{parameter['name']}  ({parameter['type']}; required)"
+    return f"{parameter['name']} = {parameter['default']!r}  ({parameter['type']})"

@@ -12,13 +12,13 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from aiosgd.errors import AiosgdError, ConfigError
+from aiosgd.errors import AiosgdError, ConfigError, JobCancelledError
 from aiosgd.runtime.config import JobConfig
 
 if TYPE_CHECKING:
@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="aiosgd",
     help="Distributed SGD in which one small plugin, the codec, decides all communication.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# click's class, wherever typer has its click from
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class _Debug:
@@ -46,33 +48,57 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+
+
+@app.callback(invoke_without_command=True)
 def _globals(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    context: typer.Context,
+    debug: Debug = False,
     _show_version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     _Debug.on = debug
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn deliberate errors into one line on stderr and the right exit code."""
+    """Turn deliberate errors into one line on stderr and the right exit code; add `--debug`."""
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def wrapped(*, debug: bool, **kwargs: Any) -> None:
+        _Debug.on = _Debug.on or debug
         try:
-            command(*args, **kwargs)
+            command(**kwargs)
         except AiosgdError as error:
             if _Debug.on:
                 traceback.print_exc()
-            print(f"aiosgd: {error}", file=sys.stderr)
+            print(f"aiosgd: {one_line(error)}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             print("aiosgd: interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
 
+    own = list(inspect.signature(command, eval_str=True).parameters.values())
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    _set_signature(
+        wrapped, [*own, inspect.Parameter("debug", keyword, default=False, annotation=Debug)]
+    )
     return wrapped
+
+
+def _set_signature(command: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    """Make a command's parameters what typer shall see."""
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message on one line."""
+    return " ".join(str(error).split())
 
 
 # Job options: one table for `run` and `submit` ------------------------------------------------
@@ -116,13 +142,10 @@ def _with_job_options(command: Callable[..., None]) -> Callable[..., None]:
         command(options=options, **kwargs)
 
     own = inspect.signature(command, eval_str=True).parameters.values()
-    wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [p for p in own if p.name != "options"] + [_parameter(name) for name in JOB_OPTIONS]
+    _set_signature(
+        wrapped,
+        [p for p in own if p.name != "options"] + [_parameter(name) for name in JOB_OPTIONS],
     )
-    wrapped.__annotations__ = {
-        p.name: p.annotation
-        for p in wrapped.__signature__.parameters.values()  # type: ignore[attr-defined]
-    }
     return wrapped
 
 
@@ -136,7 +159,7 @@ def _parameter(name: str) -> inspect.Parameter:
         rich_help_panel="Job options",
         show_default=False,
     )
-    annotation = Annotated[kind | None, option]
+    annotation: Any = Annotated[kind | None, option]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
@@ -175,6 +198,7 @@ def run(
             sets=tuple(sets or ()), data_dir=data_dir, observer=observer, **options
         ),
         as_json,
+        "starting nodes on this machine",
     )
 
 
@@ -197,18 +221,30 @@ def submit(
             cluster, sets=tuple(sets or ()), data_dir=data_dir, observer=observer, **options
         ),
         as_json,
+        f"connecting to the nodes of {cluster}",
     )
 
 
-def _run_to_end(work: Callable[[Any], Any], as_json: bool) -> None:
+def _run_to_end(work: Callable[[Any], Any], as_json: bool, title: str) -> None:
     from aiosgd.display import Display
 
-    with Display() as display, asyncio.Runner() as runner:
-        outcome = runner.run(work(display))
+    with Display(title) as display, asyncio.Runner() as runner:
+        outcome = runner.run(_interruptible(work(display)))
     if as_json:
         print(json.dumps(outcome.summary.to_dict()))
     else:
         _print_outcome(outcome)
+
+
+async def _interruptible(work: Coroutine[Any, Any, Outcome]) -> Outcome:
+    """Run a job; SIGINT (by the Runner) and SIGTERM cancel it."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await work
+    except asyncio.CancelledError as error:
+        raise JobCancelledError(str(error) or "interrupted") from None
 
 
 def _print_outcome(outcome: Outcome) -> None:
@@ -249,7 +285,7 @@ def node(
     settings = Settings(
         host=host,
         port=port,
-        run_dir=run_dir or _default_run_dir(port),
+        run_dir=_writable(run_dir or _default_run_dir(port)),
         data_dir=data_dir or _default_data_dir(),
         allow_code=allow_code,
     )
@@ -293,6 +329,19 @@ def _check_listen(host: str, port: int, insecure: bool) -> None:
             f"--host {host} would let anyone who reaches this machine run jobs on it, for links "
             "are not authenticated yet; add --insecure if the network is trusted"
         )
+
+
+def _writable(folder: Path) -> Path:
+    """Return a folder that exists and can be written to; better now than with the first job."""
+    import os
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--run-dir {folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--run-dir {folder} cannot be written to")
+    return folder
 
 
 def _default_run_dir(port: int) -> Path:
@@ -351,5 +400,13 @@ def plugins(
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; what typer itself finds wrong is one line on stderr, too."""
+    try:
+        code = typer.main.get_command(app).main(standalone_mode=False)
+    except UsageError as error:
+        message = getattr(error, "format_message", error.__str__)().rstrip(".")
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "aiosgd"
+        print(f"aiosgd: {' '.join(message.split())}; see {command} --help", file=sys.stderr)
+        code = 2
+    sys.exit(code)

@@ -228,13 +228,14 @@ class Context:
             return function(*args)
         return await self.executor(function, *args)
 
-    def compress(self, array: Array, stream: str = "") -> Any:
+    def compress(self, array: Array, stream: str | None = "") -> Any:
         """Turn an array into the payload of the job's compressor.
 
         Args:
             array: what to send.
             stream: names the sequence of arrays that this one belongs to; compressors with
-                memory keep one state per stream.
+                memory keep one state per stream. None for a codec that makes up itself for what
+                was lost: then they neither use nor keep a state, for twice is too much.
         """
         return array if self.compressor is None else self.compressor.compress(array, stream)
 

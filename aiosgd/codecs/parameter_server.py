@@ -60,7 +60,7 @@ class Server(Codec):
 
     def difference(self, to: int | Group) -> Envelope:
         """Return what `to` lacks, and count on its adding just that."""
-        payload = self.ctx.compress(self.state - self.mirrors[to], f"to {to}")
+        payload = self.ctx.compress(self.state - self.mirrors[to], None)  # the mirror is memory
         self.mirrors[to] += self.ctx.decompress(payload)
         return Envelope(to, {"difference": payload})
 

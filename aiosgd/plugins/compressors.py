@@ -28,13 +28,14 @@ class Compressor(ABC):
         self.rng = rng
 
     @abstractmethod
-    def compress(self, array: Array, stream: str) -> Any:
+    def compress(self, array: Array, stream: str | None) -> Any:
         """Return the payload of a float array: what msgpack takes, plus numpy arrays.
 
         Args:
             array: of any shape; it is never changed.
             stream: names the sequence of arrays that this one belongs to; a compressor with
-                memory keeps one state per stream.
+                memory keeps one state per stream. None: use and keep no memory, for the caller
+                makes up itself for what is lost.
 
         Raises:
             ValueError: the array cannot be represented, not even roughly.
@@ -52,7 +53,7 @@ class Compressor(ABC):
 class NoCompression(Compressor):
     """The array itself is the payload."""
 
-    def compress(self, array: Array, stream: str) -> Any:
+    def compress(self, array: Array, stream: str | None) -> Any:
         """Return the array object that was given."""
         return array
 
@@ -74,7 +75,7 @@ class Fp16(Compressor):
 
     LIMIT: ClassVar[float] = 65520.0  # the first magnitude that rounds to infinity, not to 65504
 
-    def compress(self, array: Array, stream: str) -> Any:
+    def compress(self, array: Array, stream: str | None) -> Any:
         """Return the array as float16, in its shape."""
         if array.dtype.kind != "f":
             raise ValueError(f"array is {array.dtype}; expected a float array")

@@ -9,17 +9,24 @@ import re
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from aiosgd.errors import ClusterError
 
 # a node imports numpy and listens; a loaded machine takes seconds for that
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 10.0
+
+Printed: TypeAlias = Callable[[str, str], None]
+Process: TypeAlias = asyncio.subprocess.Process
+
+
+def ignore(node: str, text: str) -> None:
+    """Take what a node printed, and forget it."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,23 @@ class Launcher(ABC):
 
     @abstractmethod
     def launch(
-        self, workers: int, servers: int, *, allow_code: bool = False
+        self,
+        workers: int,
+        servers: int,
+        *,
+        allow_code: bool = False,
+        printed: Printed = ignore,
     ) -> AbstractAsyncContextManager[Launched]:
-        """Run nodes for the time of the context, and stop all of them at its end."""
+        """Run nodes for the time of the context, and stop all of them at its end.
+
+        Args:
+            workers, servers: how many of each.
+            allow_code: whether the nodes take codecs as source code.
+            printed: told each line that a node prints, with the node's name.
+
+        Raises:
+            ClusterError: a node does not start; the message has its last words.
+        """
 
 
 class Local(Launcher):
@@ -60,48 +81,70 @@ class Local(Launcher):
 
     @contextlib.asynccontextmanager
     async def launch(
-        self, workers: int, servers: int, *, allow_code: bool = False
+        self,
+        workers: int,
+        servers: int,
+        *,
+        allow_code: bool = False,
+        printed: Printed = ignore,
     ) -> AsyncIterator[Launched]:
         """Start the processes; they also end by themselves if this process dies."""
-        async with contextlib.AsyncExitStack() as stack:
-            run_dir = Path(self._run_dir or stack.enter_context(_temporary_folder()))
-            nodes = [
-                await stack.enter_async_context(_process(run_dir / f"node-{i}", allow_code))
-                for i in range(workers + servers)
+        names = [f"worker {i}" for i in range(workers)] + [
+            f"server {-1 - i}" for i in range(servers)
+        ]
+        with self._folder() as run_dir:
+            commands = [
+                _command(run_dir / name.replace(" ", "-"), allow_code=allow_code) for name in names
             ]
-            addresses = await asyncio.gather(*(_address(node) for node in nodes))
-            yield Launched(tuple(addresses[:workers]), tuple(addresses[workers:]))
+            async with _processes(commands) as processes:
+                addresses = await asyncio.gather(*map(_address, processes))
+                async with _passed_on(dict(zip(names, processes, strict=True)), printed):
+                    yield Launched(tuple(addresses[:workers]), tuple(addresses[workers:]))
+
+    @contextlib.contextmanager
+    def _folder(self) -> Iterator[Path]:
+        if self._run_dir:
+            yield Path(self._run_dir)
+            return
+        with tempfile.TemporaryDirectory(prefix="aiosgd-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
 
 
-@contextlib.contextmanager
-def _temporary_folder() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="aiosgd-") as folder:
-        yield folder
+def _command(run_dir: Path, *, allow_code: bool) -> list[str]:
+    command = [
+        sys.executable,
+        "-P",  # the current folder may hold files that are called like somebody's modules
+        *("-m", "aiosgd", "node", "--port", "0", "--run-dir", str(run_dir)),
+        "--until-stdin-closes",  # so that no node outlives us, however we end
+    ]
+    return [*command, "--allow-code"] if allow_code else command
 
 
 @contextlib.asynccontextmanager
-async def _process(run_dir: Path, allow_code: bool) -> AsyncIterator[asyncio.subprocess.Process]:
-    command = [sys.executable, "-m", "aiosgd", "node", "--port", "0", "--run-dir", str(run_dir)]
-    if allow_code:
-        command.append("--allow-code")
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        "--until-stdin-closes",  # so that no node outlives us, however we end
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,  # Ctrl-C is for the submitter: it cancels the job
-    )
+async def _processes(commands: Sequence[Sequence[str]]) -> AsyncIterator[list[Process]]:
+    """Run commands for the time of the context."""
+    processes: list[Process] = []
     try:
-        yield process
+        for command in commands:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # Ctrl-C is for the submitter: it cancels the job
+            )
+            processes.append(process)
+        yield processes
     finally:
-        await _stop(process)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        await asyncio.gather(*map(_stopped, processes))
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
+async def _stopped(process: Process) -> None:
+    """Wait until a process that was told to stop has ended; its pipes are read to their ends."""
     try:
         async with asyncio.timeout(STOP_TIMEOUT):
             await process.communicate()
@@ -110,16 +153,40 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
         await process.communicate()
 
 
-async def _address(process: asyncio.subprocess.Process) -> str:
+async def _address(process: Process) -> str:
     assert process.stdout is not None
     try:
         async with asyncio.timeout(START_TIMEOUT):
-            line = (await process.stdout.readline()).decode()
+            line = (await process.stdout.readline()).decode(errors="replace")
     except TimeoutError:
         raise ClusterError(f"a local node did not listen within {START_TIMEOUT:g} s") from None
     match = re.search(r"listening on (\S+)", line)
     if match is None:
         assert process.stderr is not None
-        reason = (await process.stderr.read()).decode().strip().splitlines()
+        reason = (await process.stderr.read()).decode(errors="replace").strip().splitlines()
         raise ClusterError(f"a local node did not start: {reason[-1] if reason else line!r}")
     return match[1]
+
+
+@contextlib.asynccontextmanager
+async def _passed_on(nodes: Mapping[str, Process], printed: Printed) -> AsyncIterator[None]:
+    """Pass on what nodes print; a pipe that nobody empties would stop them in the end."""
+    streams = [(name, s) for name, node in nodes.items() for s in (node.stdout, node.stderr)]
+    readers = [asyncio.ensure_future(_pass_on(name, s, printed)) for name, s in streams if s]
+    try:
+        yield
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.wait(readers)
+
+
+async def _pass_on(name: str, stream: asyncio.StreamReader, printed: Printed) -> None:
+    while True:
+        try:
+            line = await stream.readline()
+        except ValueError:  # a line longer than the reader's limit: it is dropped
+            continue
+        if not line:
+            return
+        printed(name, line.decode(errors="replace").rstrip())

@@ -126,9 +126,14 @@ class Registry(Generic[T]):
             missing = ", ".join(sorted(getattr(plugin, "__abstractmethods__", ())))
             raise PluginLoadError(f"{origin} does not implement {missing} of {expected}")
         params = params_class(plugin)
-        if not (dataclasses.is_dataclass(params) and isinstance(params, type)):
+        if not _is_frozen_dataclass(params):
             raise PluginLoadError(f"{origin}: Params must be a frozen dataclass, not {params!r}")
         return plugin
+
+
+def _is_frozen_dataclass(params: object) -> bool:
+    description = getattr(params, "__dataclass_params__", None)
+    return isinstance(params, type) and description is not None and description.frozen
 
 
 @functools.cache
@@ -225,7 +230,11 @@ def check_value(value: Any, expected: Any, place: str) -> Any:
     if origin in (list, tuple):
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{place} is {value!r}; expected a list")
-        items = [check_value(v, args[0], f"{place}[{i}]") for i, v in enumerate(value)]
+        kinds = _item_types(origin, args, value, place)
+        items = [
+            check_value(item, kind, f"{place}[{i}]")
+            for i, (item, kind) in enumerate(zip(value, kinds, strict=True))
+        ]
         return typing.cast("type", origin)(items)
     if origin is dict:
         if not isinstance(value, Mapping):
@@ -240,6 +249,14 @@ def check_value(value: Any, expected: Any, place: str) -> Any:
     if type(value) is not expected:
         raise ConfigError(f"{place} is {value!r}; expected {type_name(expected)}")
     return value
+
+
+def _item_types(origin: Any, args: Sequence[Any], value: Sequence[Any], place: str) -> list[Any]:
+    if origin is list or args[-1] is Ellipsis:
+        return [args[0]] * len(value)
+    if len(value) != len(args):
+        raise ConfigError(f"{place} is {value!r}; expected a list of {len(args)} values")
+    return list(args)
 
 
 def _check_union(value: Any, members: Sequence[Any], place: str) -> Any:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from aiosgd.codecs.base import Block, Codec, Envelope, Message, Vector, envelopes
-from aiosgd.errors import CodecError
+from aiosgd.errors import CodecError, PeerLostError
 from aiosgd.plugins.registry import describe
 
 Send: TypeAlias = Callable[[tuple[int, ...], int, Any], None]
@@ -27,6 +27,13 @@ Consumed: TypeAlias = Callable[[int], None]
 
 # a peer that is this many messages ahead of us in sync mode is not following any protocol
 EARLY_LIMIT = 100_000
+
+
+class _Rescue(NamedTuple):
+    """A request to rescue a step; `sent` becomes the number of envelopes that the codec sent."""
+
+    step: int
+    sent: asyncio.Future[int]
 
 
 class Actor:
@@ -40,7 +47,8 @@ class Actor:
 
     Attributes:
         late: messages of past steps that were not handed over (sync).
-        staleness: how many steps old the newest result's youngest cause was; None without one.
+        staleness: how many steps old the cause of the newest result was (the first, where several
+            were combined); None without one.
     """
 
     def __init__(self, codec: Codec, size: int, send: Send, consumed: Consumed) -> None:
@@ -52,13 +60,14 @@ class Actor:
         self._send = send
         self._consumed = consumed
         self._stepwise = self.ctx.mode == "sync" and self.ctx.role == "worker"
-        self._mailbox: deque[Block | Message | asyncio.Future[int]] = deque()
+        self._mailbox: deque[Block | Message | _Rescue] = deque()
         self._early: defaultdict[int, list[Message]] = defaultdict(list)
         self._results: deque[Vector] = deque()
         self._wake: asyncio.Future[None] | None = None
-        self._watchers: list[asyncio.Future[None]] = []
+        self._watchers: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._posted = self._handled = 0
         self._hook = ""
+        self._calls = 0
         self._senders: set[int] = set()
 
     def __repr__(self) -> str:
@@ -91,50 +100,70 @@ class Actor:
     async def settled(self) -> None:
         """Wait until all that is in the mailbox now was handled and its envelopes sent (async)."""
         place = self._posted
-        while self._handled < place:
-            await self._change()
+        await self._until(lambda: self._handled >= place)
 
-    async def result(self) -> Vector:
-        """Wait for the next step's result (sync) and take it."""
-        while not self._results:
-            await self._change()
+    async def completed(self, step: int) -> None:
+        """Wait until a step has its result (sync)."""
+        await self._until(lambda: self.finished(step))
+
+    def result(self) -> Vector:
+        """Take the result of the first completed step that was not taken yet (sync)."""
         return self._results.popleft()
 
     def newest(self) -> Vector | None:
-        """Take the newest result if there is one (async)."""
+        """Take the newest result if there is one (async); raises CodecError."""
         if not self.codec.is_done:
             return None
-        return self._take()
+        try:
+            return self._take()
+        except Exception as error:
+            raise self._broken("set_result", self.ctx.step, error) from error
 
     def finished(self, step: int) -> bool:
         """Tell whether a step already has its result (sync)."""
         return self._stepwise and self.ctx.step > step
 
-    async def rescue(self) -> int:
-        """Call the codec's `rescue` and return how many envelopes it sent.
+    def rescue(self, step: int) -> asyncio.Future[int]:
+        """Have the codec's `rescue` called before anything else, unless the step is completed.
 
-        A hook that is stuck lets nobody in: then this waits as long as it does.
+        Returns:
+            What becomes the number of envelopes that it sent. A hook that is stuck lets nobody
+            in: then it stays open as long as that hook does.
         """
         sent: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._mailbox.appendleft(sent)
+        self._mailbox.appendleft(_Rescue(step, sent))
+        self._posted += 1
         self._rouse()
-        return await sent
+        return sent
 
     def _rouse(self) -> None:
         wake, self._wake = self._wake, None
         if wake is not None and not wake.done():
             wake.set_result(None)
 
-    def explain(self) -> str:
-        """Say what the actor is at: for the message of a step that timed out."""
-        if self._hook:
-            return f"the codec's {self._hook} has not returned"
-        heard = ", ".join(map(str, sorted(self._senders))) or "nobody"
-        return f"heard in this step from nodes: {heard}"
+    @property
+    def call(self) -> int | None:
+        """Number of the hook's call that is under way; None between calls."""
+        return self._calls if self._hook else None
 
-    def silent(self, peers: tuple[int, ...]) -> tuple[int, ...]:
-        """Return those of `peers` that nothing came from in this step."""
-        return tuple(peer for peer in peers if peer not in self._senders)
+    def stuck(self, limit: float) -> CodecError:
+        """Return the error of the hook that is under way for more than `limit` seconds."""
+        return CodecError(f"{self._place(self.ctx.step)}: {self._hook} takes more than {limit:g} s")
+
+    def overdue(self, step: int, limit: float) -> str:
+        """Say why a step has no result: for the message of one that timed out."""
+        return f"{self._place(step)}: no result within {limit:g} s; {self._explain()}"
+
+    def _explain(self) -> str:
+        if self._hook:
+            return f"{self._hook} has not returned"
+        server = self.ctx.server
+        peers = self.ctx.neighbours if server is None else (server,)
+        silent = [peer for peer in peers if peer not in self._senders]
+        return (
+            f"waiting for nodes: {_listed(silent) or 'nobody in particular'}; "
+            f"heard in this step from nodes: {_listed(sorted(self._senders)) or 'nobody'}"
+        )
 
     # the task
 
@@ -148,20 +177,28 @@ class Actor:
             while self._mailbox:
                 await self._handle(self._mailbox.popleft())
                 self._handled += 1
-                self._notify()
+                if self._watchers:
+                    self._notify()
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
 
-    async def _handle(self, item: Block | Message | asyncio.Future[int]) -> None:
+    async def _handle(self, item: Block | Message | _Rescue) -> None:
         if isinstance(item, Message):
             await self._message(item)
         elif isinstance(item, Block):
             if not self.finished(item.step):
                 await self._call("update", item, item.step)
         else:
-            sent = await self._call("rescue", None, self.ctx.step)
-            if not item.done():
-                item.set_result(sent)
+            await self._save(item)
+
+    async def _save(self, rescue: _Rescue) -> None:
+        """Call `rescue`, unless nobody waits for it or the step's result came meanwhile."""
+        if rescue.sent.done():
+            return
+        done = self.finished(rescue.step)
+        sent = 0 if done else await self._call("rescue", None, rescue.step)
+        if not rescue.sent.done():
+            rescue.sent.set_result(sent)
 
     async def _message(self, message: Message) -> None:
         if self._stepwise:
@@ -174,11 +211,9 @@ class Actor:
                 return
         elif self.ctx.role == "server":
             self.ctx.step = message.step
-        self._senders.add(message.sender)
-        was_done = self.codec.is_done
+        if message.step == self.ctx.step or not self._stepwise:
+            self._senders.add(message.sender)
         await self._call("receive", message, message.step)
-        if self.codec.is_done and not was_done:
-            self.staleness = self.ctx.step - message.step
         self._consumed(message.sender)
 
     def _keep(self, message: Message) -> None:
@@ -192,17 +227,19 @@ class Actor:
 
     async def _call(self, hook: str, argument: Block | Message | None, step: int) -> int:
         self._hook = hook
+        self._calls += 1
+        was_done = self.codec.is_done
         sent = 0
         try:
             method = getattr(self.codec, hook)
             async for envelope in envelopes(method() if argument is None else method(argument)):
                 self._deliver(envelope, step)
                 sent += 1
-            if self._stepwise and self.codec.is_done:
-                self._advance()
-        except CodecError:
-            raise
-        except Exception as error:
+            if self.codec.is_done and (self._stepwise or not was_done):
+                self._done(step)
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            if _is_not_the_codecs(error):
+                raise
             raise self._broken(hook, step, error) from error
         finally:
             self._hook = ""
@@ -210,6 +247,12 @@ class Actor:
 
     def _deliver(self, envelope: Envelope, step: int) -> None:
         self._send(self.ctx.resolve(envelope.to), step, envelope.content)
+
+    def _done(self, step: int) -> None:
+        """Go on to the next step (sync), or leave the result to be fetched (async)."""
+        self.staleness = self.ctx.step - step
+        if self._stepwise:
+            self._advance()
 
     def _advance(self) -> None:
         self._results.append(self._take())
@@ -221,27 +264,44 @@ class Actor:
     def _take(self) -> Vector:
         value = np.asarray(self.codec.take_result(), dtype=np.float32)
         if value.shape != (self._size,):
-            raise CodecError(
-                f"codec {type(self.codec).__name__} on node {self.ctx.node} in step "
-                f"{self.ctx.step}: set_result got shape {value.shape}; expected ({self._size},)"
-            )
+            raise ValueError(f"set_result got shape {value.shape}; expected ({self._size},)")
         return value
 
-    def _broken(self, hook: str, step: int, error: Exception) -> CodecError:
+    def _broken(self, hook: str, step: int, error: BaseException) -> CodecError:
         return CodecError(
             f"codec {type(self.codec).__name__}: {hook} failed on node {self.ctx.node} "
             f"in step {step}: {describe(error)}"
         )
 
-    # waiting for a change; several waiters, woken after every handled item
+    def _place(self, step: int) -> str:
+        return f"codec {type(self.codec).__name__} on node {self.ctx.node} in step {step}"
 
-    async def _change(self) -> None:
-        watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._watchers.append(watcher)
-        await watcher
+    # waiting: whoever waits is woken once, when its condition holds after an item was handled
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        if not condition():
+            watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._watchers.append((condition, watcher))
+            await watcher
 
     def _notify(self) -> None:
         watchers, self._watchers = self._watchers, []
-        for watcher in watchers:
-            if not watcher.done():
+        for condition, watcher in watchers:
+            if watcher.done():
+                continue
+            if condition():
                 watcher.set_result(None)
+            else:
+                self._watchers.append((condition, watcher))
+
+
+def _is_not_the_codecs(error: BaseException) -> bool:
+    """Tell whether what a hook's call raised has another cause: a lost peer, the job's end."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return isinstance(error, PeerLostError)
+
+
+def _listed(nodes: Sequence[int]) -> str:
+    return ", ".join(map(str, nodes))

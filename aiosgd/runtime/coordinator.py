@@ -7,6 +7,7 @@ import contextlib
 import datetime as dt
 import logging
 import secrets
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,15 +21,15 @@ from aiosgd.errors import (
     AiosgdError,
     ClusterError,
     ConfigError,
-    JobCancelledError,
     JobFailedError,
     PeerLostError,
+    RemoteProtocolError,
 )
 from aiosgd.plugins.kinds import TRACKERS
-from aiosgd.plugins.registry import make_params
+from aiosgd.plugins.registry import describe, make_params
 from aiosgd.runtime import config, results, workload
 from aiosgd.runtime.config import Address, JobConfig
-from aiosgd.runtime.connection import Mesh
+from aiosgd.runtime.connection import Link, Mesh
 from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import (
     ENDS,
@@ -60,6 +61,8 @@ _STATES: Mapping[Phase, Literal["done", "failed", "cancelled"]] = {
 }
 # how often deadlines are looked at
 TICK = 0.25
+# longest wait for the nodes to end their links after a job
+FAREWELL = 1.0
 
 
 class Observer(Protocol):
@@ -73,6 +76,9 @@ class Observer(Protocol):
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """A worker evaluated its weights."""
+
+    def printed(self, node: str, text: str) -> None:
+        """A node that was started for this job printed a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +112,23 @@ class _Collected:
 
 @dataclass
 class Outcome:
-    """A job that was run: its folder and what is in it."""
+    """A job that was run: its folder and what is in it.
+
+    Attributes:
+        train, eval: the rows of train.csv and eval.csv.
+        parameters: name -> array, as in model.safetensors.
+    """
 
     folder: Path
     summary: Summary
     train: np.recarray[Any, Any]
-    evaluations: np.recarray[Any, Any]
+    eval: np.recarray[Any, Any]
     parameters: dict[str, Vector]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The final `loss` and `accuracy` on the test set."""
+        return self.summary.metrics
 
 
 def choose_nodes(request: Request) -> dict[int, Address]:
@@ -132,6 +148,8 @@ def choose_nodes(request: Request) -> dict[int, Address]:
         raise ConfigError(
             f'codec {job.codec!r} needs a server; add servers = ["host:port"] to the cluster'
         )
+    if job.servers == 0:
+        raise ConfigError(f"servers is 0, but codec {job.codec!r} needs one or more")
     wanted = job.servers or len(request.servers)
     if wanted > len(request.servers):
         raise ConfigError(f"servers is {wanted}, but the cluster has {len(request.servers)}")
@@ -151,14 +169,13 @@ def file_sources(job: JobConfig) -> list[tuple[str, bytes]]:
 async def run_job(request: Request, observer: Observer) -> Outcome:
     """Run a job on a cluster and collect what it leaves.
 
-    Cancelling this coroutine cancels the job: the nodes are told, their logs collected, and
-    JobCancelledError is raised.
+    Cancelling this coroutine cancels the job: the nodes are told, their logs collected, and then
+    the cancellation goes on.
 
     Raises:
         ConfigError, PluginError: before any node is spoken to.
         ClusterError: a node is unreachable or refused the job.
         JobFailedError: the job started and failed.
-        JobCancelledError: it was cancelled.
     """
     nodes = choose_nodes(request)
     load, files = await asyncio.to_thread(_load, request, nodes)
@@ -183,10 +200,12 @@ class Coordinator:
     load: Workload
     files: list[Any]
     _links: dict[int, Mesh] = field(default_factory=dict)
+    _sockets: dict[int, Link] = field(default_factory=dict)
     _watches: list[asyncio.Future[None]] = field(default_factory=list)
     _collected: dict[int, _Collected] = field(default_factory=dict)
     _missing: dict[int, list[str]] = field(default_factory=dict)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
+    _cancelled: bool = False
 
     def __post_init__(self) -> None:
         job, now = self.request.job, dt.datetime.now()
@@ -214,29 +233,23 @@ class Coordinator:
                 outcome = await asyncio.to_thread(self._write)
             return self._judge(outcome)
         finally:
-            for watch in self._watches:
-                watch.cancel()
-            for mesh in self._links.values():
-                mesh.close()
             close_log()
+            await self._part_from_nodes()
 
     async def _drive(self) -> None:
         """Connect, then let the state machine say what to do until the job is over."""
         try:
             await self._connect()
+            self._apply(Begin(self._now()))
+            await self._wait()
         except asyncio.CancelledError:
+            self._cancelled = True
             self._apply(Cancel(self._now()))
-            raise JobCancelledError(f"job {self.job_id} was cancelled") from None
+            await self._wait()
         except AiosgdError as error:
             self.machine.error, self.machine.phase = str(error), Phase.FAILED
             self._log.error(str(error))
             raise
-        self._apply(Begin(self._now()))
-        try:
-            await self._wait()
-        except asyncio.CancelledError:
-            self._apply(Cancel(self._now()))
-            await self._wait()
 
     async def _wait(self) -> None:
         while not self._over.is_set():
@@ -247,8 +260,8 @@ class Coordinator:
 
     def _judge(self, outcome: Outcome) -> Outcome:
         where = f"logs in {self.folder}"
-        if self.machine.phase is Phase.CANCELLED:
-            raise JobCancelledError(f"job {self.job_id} was cancelled; {where}")
+        if self._cancelled:
+            raise asyncio.CancelledError(f"job {self.job_id} was cancelled; {where}")
         if self.machine.phase is Phase.FAILED:
             if self.machine.refused:
                 raise ClusterError(f"{self.machine.error}; {where}")
@@ -275,17 +288,37 @@ class Coordinator:
                 link = await introduce(address, hello, self.request.connect_timeout)
                 break
             except ClusterError as error:
-                if self._now() + pause > deadline:
+                if self._now() + pause > deadline or not _may_pass(error):
                     raise ClusterError(f"{node_name(node)}: {error}") from error
             await asyncio.sleep(pause)
             pause *= 2
         mesh = Mesh(SUBMITTER, self._deliver, self._lost, eager_credit=False)
         mesh.add(node, link)
-        self._links[node] = mesh
+        self._links[node], self._sockets[node] = mesh, link
         self._watches.append(asyncio.ensure_future(mesh.watch()))
+
+    async def _part_from_nodes(self) -> None:
+        """End the links; wait until the nodes have, too: then they are free for the next job."""
+        ended = []
+        for watch in self._watches:
+            watch.cancel()
+        for node, mesh in self._links.items():
+            alive = node in mesh.peers
+            mesh.close()
+            if alive:
+                ended.append(_end_of(self._sockets[node]))
+        if ended:
+            await asyncio.wait(ended, timeout=FAREWELL)
 
     def _deliver(self, node: int, content: Any, size: int) -> None:
         self._links[node].consumed(node)
+        try:
+            self._take(node, content)
+        except (KeyError, TypeError, ValueError) as error:
+            text = f"{node_name(node)} sent a report that makes no sense: {describe(error)}"
+            raise RemoteProtocolError(text) from error
+
+    def _take(self, node: int, content: Any) -> None:
         match content:
             case {"report": str(report), "job_id": self.job_id}:
                 self._reported(node, Report(report), content)
@@ -420,7 +453,13 @@ class Coordinator:
             parameters = results.read_parameters(self.folder)
         summary = self._summarise(train, evaluations)
         results.write_summary(self.folder, summary)
-        return Outcome(self.folder, summary, train, evaluations, parameters)
+        return Outcome(
+            folder=self.folder,
+            summary=summary,
+            train=train,
+            eval=evaluations,
+            parameters=parameters,
+        )
 
     def _in_order(self) -> list[_Collected]:
         return [self._collected[node] for node in self.workers if node in self._collected]
@@ -449,6 +488,24 @@ class Coordinator:
                 for node, one in figures.items()
             },
         )
+
+
+def _may_pass(error: ClusterError) -> bool:
+    """Tell whether a node may be reachable a moment later: a name that is unknown stays so."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and not isinstance(cause, socket.gaierror)
+
+
+def _end_of(link: Link) -> asyncio.Future[None]:
+    """Return what is done once a link that was closed is gone."""
+    gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def on_closed(link: Link, error: Exception | None) -> None:
+        if not gone.done():
+            gone.set_result(None)
+
+    link.on_closed = on_closed
+    return gone
 
 
 def _unpack(content: Mapping[str, Any]) -> _Collected:

@@ -57,6 +57,7 @@ async def introduce(address: Address, hello: Mapping[str, Any], timeout: float =
     answered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def on_frame(link: Link, kind: Kind, number: int, content: Any, size: int) -> None:
+        link.on_frame = None  # what follows is kept for whoever takes the link over
         if not answered.done():
             answered.set_result(content if kind is Kind.HELLO else None)
 
@@ -71,10 +72,13 @@ async def introduce(address: Address, hello: Mapping[str, Any], timeout: float =
         async with asyncio.timeout(timeout):
             answer = await answered
     except TimeoutError:
-        link.abort(None)
+        link.abort()
         raise ClusterError(f"{address} did not answer: is it an aiosgd node?") from None
+    except BaseException:
+        link.abort()
+        raise
     if not isinstance(answer, dict) or "error" in answer:
-        link.abort(None)
+        link.abort()
         reason = answer.get("error") if isinstance(answer, dict) else "it is no aiosgd node"
         raise ClusterError(f"{address} refused the link: {reason}")
     return link

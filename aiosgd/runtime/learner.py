@@ -45,7 +45,8 @@ class Sampler:
 
     Shared data: each pass over the data is one permutation, cut into global batches, and those
     into blocks; what is left over after the last whole batch waits for another permutation.
-    Federated data: each worker goes through its own samples, shuffled anew in every pass.
+    Federated data: each worker goes through its own samples, shuffled anew in every pass; what is
+    left over at the end of a pass comes with the first of the next.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -56,10 +57,20 @@ class Sampler:
         """Return the sample indices of a block."""
         size = self._load.job.batch_size
         if self._load.shares is not None:
-            return self._own(self._load.owners[block][0], step * size, size)
+            worker, place, count = self._places[block]
+            return self._own(worker, (step * count + place) * size, size)
         epoch, position = divmod(step, self._load.steps_per_epoch)
         first = (position * self._load.block_count + block) * size
         return self._order(epoch, -1)[first : first + size]
+
+    @functools.cached_property
+    def _places(self) -> list[tuple[int, int, int]]:
+        """For each block its worker, its place among that worker's blocks, and their number."""
+        firsts = [owners[0] for owners in self._load.owners]
+        return [
+            (worker, firsts[:block].count(worker), firsts.count(worker))
+            for block, worker in enumerate(firsts)
+        ]
 
     def _own(self, worker: int, start: int, count: int) -> Indices:
         available = len(self._share(worker))
@@ -104,6 +115,20 @@ class Learner:
         """Whether a result waits to be applied."""
         return self._held is not None
 
+    @property
+    def may_skip(self) -> bool:
+        """Whether a block may be left uncomputed.
+
+        Not where its optimizer remembers: it would fall behind that of the block's other owners.
+        """
+        return self._load.exchange == "gradients" or not self._optimizer.state
+
+    def neutral(self) -> Vector:
+        """Return the result that leaves the weights as they are (with momentum: nearly so)."""
+        if self._load.exchange == "weights":
+            return self.weights.copy()
+        return np.zeros_like(self.weights)
+
     def hold(self, result: Vector, step: int) -> None:
         """Keep a step's result until the next `advance` or `settle` applies it."""
         self._held = (result, step)
@@ -115,10 +140,11 @@ class Learner:
             self._held = None
 
     def advance(self, step: int, block: int) -> Computed:
-        """Apply the result that is held, then compute a block of a step."""
+        """Apply the result that is held, then compute a block of a step; its value is read-only."""
         started = time.perf_counter()
         self.settle()
         value, loss, accuracy, samples = self._compute(step, block)
+        value.setflags(write=False)
         return Computed(block, value, loss, accuracy, samples, time.perf_counter() - started)
 
     def apply(self, result: Vector, step: int) -> None:
@@ -131,8 +157,10 @@ class Learner:
             self.weights[:] = result
 
     def evaluate(self) -> tuple[float, float]:
-        """Return (mean loss, accuracy) on the test set."""
+        """Return (mean loss, accuracy) on the test set; NaN if there is none."""
         data = self._load.data
+        if not len(data.test_y):
+            return np.nan, np.nan
         return self._load.model.evaluate(self.weights, data.test_x, data.test_y)
 
     def _compute(self, step: int, block: int) -> tuple[Vector, float, float, int]:

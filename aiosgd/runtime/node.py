@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from aiosgd.errors import AiosgdError, RemoteProtocolError
+from aiosgd.errors import AiosgdError, ClusterError, ConfigError, RemoteProtocolError
 from aiosgd.plugins.registry import describe
 from aiosgd.runtime.config import Address
 from aiosgd.runtime.connection import Link, Mesh, listen
 from aiosgd.runtime.frame import Kind
 from aiosgd.runtime.hello import accept, read_hello, refuse
 from aiosgd.runtime.job import SUBMITTER, Member, Order, Report
-from aiosgd.runtime.part import Part, Settings, check_request, store_file
+from aiosgd.runtime.part import Part, Settings, check_request, first_error, store_file
 from aiosgd.runtime.session import Evaluation, Progress
 
 # a link that has not said who it is after this long is closed
@@ -42,7 +42,7 @@ class Node:
         self.part: Part | None = None
         self._tasks = asyncio.TaskGroup()
         self._controls: set[Control] = set()
-        self._pending: set[Link] = set()
+        self._pending: dict[Link, None] = {}  # in the order of their arrival
 
     async def serve(self, started: Callable[[Address], None]) -> None:
         """Listen until cancelled.
@@ -53,14 +53,22 @@ class Node:
         Raises:
             ConfigError: the address cannot be listened on.
         """
-        server = await listen(self.settings.host, self.settings.port, self._accept)
+        try:
+            server = await listen(self.settings.host, self.settings.port, self._accept)
+        except ClusterError as error:
+            raise ConfigError(str(error)) from error
         port = server.sockets[0].getsockname()[1]
         try:
             async with self._tasks:
                 started(Address(self.settings.host, port))
-                while True:
-                    await asyncio.sleep(1)
-                    self._tick()
+                try:
+                    while True:
+                        await asyncio.sleep(1)
+                        self._tick()
+                finally:
+                    for control in self._controls:
+                        control.fail("the node was stopped")
+                    await asyncio.sleep(0)  # the links write in the next turn of the loop
         finally:
             server.close()
             if self.part is not None:
@@ -70,7 +78,7 @@ class Node:
 
     def _tick(self) -> None:
         for control in self._controls:
-            if control.leads:
+            if control.leads(self.member.job_id):
                 self.member.heard = control.link.last_heard
         if self.member.abandoned(self.now()):
             self.spawn(self.leave("nothing was heard from the submitter"))
@@ -93,28 +101,26 @@ class Node:
     # links that come in
 
     def _accept(self) -> Link:
-        link = Link(self._hello, self._unknown_closed)
+        loop, link = asyncio.get_running_loop(), Link(self._hello, self._unknown_closed)
         if len(self._pending) >= PENDING_LIMIT:
-            asyncio.get_running_loop().call_soon(
-                link.abort, RemoteProtocolError("too many links wait for a HELLO")
-            )
-            return link
-        self._pending.add(link)
-        asyncio.get_running_loop().call_later(HELLO_TIMEOUT, self._expire, link)
+            # later in this turn: links that came in one burst with this one are not set up yet
+            loop.call_soon(self._expire, next(iter(self._pending)), "too many links wait")
+        self._pending[link] = None
+        loop.call_later(HELLO_TIMEOUT, self._expire, link, f"no HELLO within {HELLO_TIMEOUT:g} s")
         return link
 
-    def _expire(self, link: Link) -> None:
+    def _expire(self, link: Link, reason: str) -> None:
         if link in self._pending:
-            self._pending.discard(link)
-            link.abort(RemoteProtocolError("it did not say who it is"))
+            del self._pending[link]
+            link.abort(RemoteProtocolError(f"link to {link.address}: {reason}"))
 
     def _unknown_closed(self, link: Link, error: Exception | None) -> None:
-        self._pending.discard(link)
+        self._pending.pop(link, None)
         if error is not None:
             logger.warning("closed a link that had not said who it is: %s", error)
 
     def _hello(self, link: Link, kind: Kind, number: int, content: Any, size: int) -> None:
-        self._pending.discard(link)
+        self._pending.pop(link, None)
         try:
             self._introduce(link, read_hello(kind, content))
         except RemoteProtocolError as error:
@@ -136,19 +142,24 @@ class Node:
     def forget(self, control: Control) -> None:
         """Drop a submitter's link, and the job that it leads."""
         self._controls.discard(control)
-        if control.leads:
+        if control.leads(self.member.job_id):
             self.spawn(self.leave("the submitter is gone"))
 
 
 class Control:
-    """The link to one submitter: follows its orders and reports back."""
+    """The link to one submitter: follows its orders and reports back.
+
+    Attributes:
+        job_id: the job that this submitter leads on this node; empty if none.
+    """
 
     def __init__(self, node: Node, link: Link) -> None:
         self.node = node
         self.link = link
-        self.leads = False
+        self.job_id = ""
         self._peer_closed = asyncio.Event()
         self._work: asyncio.Task[Any] | None = None
+        self._stores: list[asyncio.Task[None]] = []
         self.mesh = Mesh(0, self._deliver, self._lost, eager_credit=False)
         self.mesh.add(SUBMITTER, link)
 
@@ -160,7 +171,18 @@ class Control:
         finally:
             watching.cancel()
             self.mesh.close()
-            self.node.forget(self)
+        if self._work is not None:
+            self._work.cancel()
+        self.node.forget(self)
+
+    def leads(self, job_id: str) -> bool:
+        """Tell whether this submitter leads that job here."""
+        return bool(job_id) and job_id == self.job_id
+
+    def fail(self, reason: str) -> None:
+        """Tell the submitter, if it leads a job here, why that cannot go on."""
+        if self.leads(self.node.member.job_id):
+            self.report(Report.FAILED, self.job_id, reason=reason)
 
     def _lost(self, peer: int, error: Exception) -> None:
         self._peer_closed.set()
@@ -175,9 +197,6 @@ class Control:
         if not self._peer_closed.is_set():
             self.mesh.send([SUBMITTER], {type(news).__name__.lower(): asdict(news)})
 
-    def _part_failed(self, reason: str) -> None:
-        self.report(Report.FAILED, self.node.member.job_id, reason=reason)
-
     def _deliver(self, sender: int, content: Any, size: int) -> None:
         self.mesh.consumed(sender)
         match content:
@@ -187,12 +206,13 @@ class Control:
                 self.link.abort(RemoteProtocolError("a submitter sent something that is no order"))
 
     def _take(self, order: str, job_id: str, content: dict[str, Any]) -> None:
-        mine = self.leads and job_id == self.node.member.job_id
+        mine = self.leads(job_id) and job_id == self.node.member.job_id
         if order == "verdict":
             if mine and self.node.part is not None:
                 self.node.part.verdict(int(content["epoch"]), bool(content["stop"]))
         elif order == "file":
-            self._store(content, job_id)
+            if mine:
+                self._stores.append(self.node.spawn(self._store(content, job_id)))
         elif order in (Order.ABORT, Order.RELEASE):
             self.node.spawn(self._leave(Order(order), job_id, content, mine=mine))
         elif order in list(Order):
@@ -200,9 +220,10 @@ class Control:
         else:
             self.report(Report.REFUSED, job_id, reason=f"unknown order {order!r}")
 
-    def _store(self, content: dict[str, Any], job_id: str) -> None:
+    async def _store(self, content: dict[str, Any], job_id: str) -> None:
+        folder = self.node.settings.data_dir
         try:
-            store_file(self.node.settings.data_dir, content["sha256"], content["data"])
+            await asyncio.to_thread(store_file, folder, content["sha256"], content["data"])
         except (AiosgdError, OSError) as error:
             self.report(Report.REFUSED, job_id, reason=f"cannot keep a data file: {error}")
 
@@ -211,7 +232,7 @@ class Control:
     ) -> None:
         log = b""
         if mine:
-            self.leads = False
+            self.job_id = ""
             part = self.node.part
             if self._work is not None:
                 self._work.cancel()
@@ -228,20 +249,20 @@ class Control:
         member.follow(job_id, order, self.node.now(), time.strftime("%H:%M:%S"))
         try:
             await self._carry_out(order, job_id, content)
-        except (AiosgdError, OSError) as error:
-            await self._refuse(order, job_id, error)
         except Exception as error:
-            logger.exception("order %s failed", order)
-            await self._refuse(order, job_id, error)
+            first = first_error(error)
+            if not isinstance(first, AiosgdError | OSError):
+                logger.exception("order %s failed", order)
+            await self._refuse(order, job_id, first)
 
     def _stranger(self, order: Order) -> str:
-        if order is not Order.CAN_COMMIT and not self.leads:
+        if order is not Order.CAN_COMMIT and not self.leads(self.node.member.job_id):
             return "another submitter leads this job"
         return ""
 
-    async def _refuse(self, order: Order, job_id: str, error: Exception) -> None:
+    async def _refuse(self, order: Order, job_id: str, error: BaseException) -> None:
         if order is Order.CAN_COMMIT:
-            self.leads = False
+            self.job_id = ""
             await self.node.leave("it voted no")
         report = Report.REFUSED if order is Order.CAN_COMMIT else Report.FAILED
         text = str(error) if isinstance(error, AiosgdError) else describe(error)
@@ -251,12 +272,13 @@ class Control:
         node = self.node
         if order is Order.CAN_COMMIT:
             missing = check_request(content, node.settings)
-            self.leads = True
+            self.job_id = job_id
             self.report(Report.VOTE, job_id, missing=missing)
             return
         if order is Order.PREPARE:
+            await asyncio.gather(*self._stores)
             part = node.part = Part(
-                node.settings, job_id, content, node.spawn, self.tell, self._part_failed
+                node.settings, job_id, content, node.spawn, self.tell, self.fail
             )
             await part.prepare()
             self.report(Report.PREPARED, job_id)

@@ -20,6 +20,7 @@ import numpy as np
 import threadpoolctl
 
 from aiosgd.errors import AiosgdError, ClusterError, ConfigError
+from aiosgd.plugins.datasets.base import sha256 as sha256_of
 from aiosgd.plugins.kinds import KINDS, TRACKERS
 from aiosgd.plugins.registry import describe, make_params
 from aiosgd.runtime import config, results, workload
@@ -97,6 +98,7 @@ class Part:
             name: file_path(self.settings.data_dir, sha256)
             for name, sha256, _ in self.request["files"]
         }
+        await asyncio.to_thread(check_files, paths)
         load = await asyncio.to_thread(
             workload.load,
             self.job,
@@ -312,9 +314,25 @@ def store_file(data_dir: Path, sha256: object, data: np.ndarray[Any, Any]) -> No
     if digest != sha256:
         raise ConfigError(f"a data file's sha256 is {digest}; the submitter said {sha256}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data.data)
-    Path(file.name).rename(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        temporary.write_bytes(data.data)
+        temporary.rename(path)
+
+
+def check_files(paths: Mapping[str, Path]) -> None:
+    """Check that kept data files are what their names say; one that is not is removed.
+
+    Raises:
+        ConfigError: a file was damaged since it was kept; the next job brings it again.
+    """
+    for name, path in paths.items():
+        if sha256_of(path) != path.name:
+            path.unlink(missing_ok=True)
+            raise ConfigError(
+                f"the kept copy of data file {name} was damaged and is removed; submit again: "
+                "the file is then sent again"
+            )
 
 
 def keep_sources(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -140,6 +140,7 @@ class Session:
         self._started_at = 0.0
         self._mark = _Mark()
         self._ahead: list[Computed] = []
+        self._evaluated_step = -1
         self._trained = asyncio.Event()
 
     def _make_actor(self, group: int, weights: Vector) -> Actor:
@@ -168,9 +169,12 @@ class Session:
         """The weights that this node holds: a worker's own, or what a server keeps."""
         if self._learner is not None:
             return self._learner.weights
-        parts = [actor.codec.weights() for actor in self._actors]
-        kept = [part for part in parts if part is not None]
-        return np.concatenate(kept) if len(kept) == len(parts) else None
+        kept = [part for actor in self._actors if (part := self._kept(actor)) is not None]
+        return np.concatenate(kept) if len(kept) == len(self._actors) else None
+
+    def _kept(self, actor: Actor) -> Vector | None:
+        """Return a server's weights of a tensor group, if it is the one responsible for it."""
+        return actor.codec.weights() if actor.ctx.server == self.place.node else None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -186,10 +190,12 @@ class Session:
         """Take a message from the transport.
 
         Raises:
-            RemoteProtocolError: it is no codec message.
+            RemoteProtocolError: it is no codec message of this job.
         """
         match content:
-            case [int(group), int(step), inner] if 0 <= group < len(self._actors) and step >= 0:
+            case [int(group), int(step), inner] if (
+                0 <= group < len(self._actors) and 0 <= step < self._load.steps
+            ):
                 self._actors[group].post(Message(sender, step, inner))
             case _:
                 raise RemoteProtocolError(f"node {sender} sent something that is no codec message")
@@ -218,6 +224,8 @@ class Session:
                 for actor in self._actors:
                     tasks.create_task(actor.run())
                 tasks.create_task(self.place.transport.watch())
+                if self._load.job.mode == "async" or self._learner is None:
+                    tasks.create_task(self._guard())
                 if self._learner is not None:
                     tasks.create_task(self._train(self._learner))
         finally:
@@ -238,10 +246,33 @@ class Session:
         if learner is None:
             return
         step = max(0, len(self.train) - 1)
-        if (result := self._newest()) is not None:
+        if (result := self._leftover(learner)) is not None:
             learner.hold(result, step)
             await self.place.executor.assist(learner.settle)
+        elif self._evaluated_step == step:
+            return  # the target accuracy ended training: this epoch has its row
         await self._evaluate(learner, step)
+
+    def _leftover(self, learner: Learner) -> Vector | None:
+        """Return what came after the last step; tensor groups without a result stay as they are."""
+        parts = [actor.newest() for actor in self._actors]
+        if all(part is None for part in parts):
+            return None
+        whole = learner.neutral()
+        for group, part in enumerate(parts):
+            if part is not None:
+                whole[self._slice(group)] = part
+        return whole
+
+    async def _guard(self) -> None:
+        """Fail when a hook does not return: without steps that time out, nobody else would."""
+        limit = self._load.job.step_timeout
+        while True:
+            calls = [actor.call for actor in self._actors]
+            await asyncio.sleep(limit)
+            for actor, call in zip(self._actors, calls, strict=True):
+                if call is not None and actor.call == call:
+                    raise actor.stuck(limit)
 
     # training
 
@@ -282,7 +313,7 @@ class Session:
     async def _compute(self, learner: Learner, step: int, *, hand_over: bool) -> list[Computed]:
         computed = []
         for block in self._actors[0].ctx.blocks:
-            if all(actor.finished(step) for actor in self._actors):
+            if learner.may_skip and all(actor.finished(step) for actor in self._actors):
                 break  # with redundancy, others may have done our share
             one = await self.place.executor.compute(learner.advance, step, block)
             computed.append(one)
@@ -293,7 +324,8 @@ class Session:
     async def _outcome(self, step: int) -> Vector | None:
         """Return the step's result (sync) or the newest, if there is one (async)."""
         if self._load.job.mode == "sync":
-            return _join([await self._patiently(actor, step) for actor in self._actors])
+            await self._completed(step)
+            return _join([actor.result() for actor in self._actors])
         for actor in self._actors:
             await actor.settled()
         await self.place.transport.room(WINDOW)
@@ -318,30 +350,43 @@ class Session:
         parts = [actor.newest() for actor in self._actors]
         return _join([part for part in parts if part is not None])
 
-    async def _patiently(self, actor: Actor, step: int) -> Vector:
-        """Wait for a step's result, let the codec rescue it once, then give up."""
-        limit = self._load.job.step_timeout
-        try:
-            async with asyncio.timeout(limit):
-                return await actor.result()
-        except TimeoutError:
-            self.place.log(f"step {step}: no result after {limit:g} s; asking the codec to rescue")
-        try:
-            async with asyncio.timeout(limit):
-                sent = await actor.rescue()
-                if sent or actor.finished(step):
-                    return await actor.result()
-        except TimeoutError:
-            pass
-        raise JobFailedError(self._overdue(actor, step))
+    async def _completed(self, step: int) -> None:
+        """Wait until a step has its result, let the codecs rescue it once, then give up.
 
-    def _overdue(self, actor: Actor, step: int) -> str:
-        peers = tuple(self.place.servers) or actor.ctx.neighbours
-        silent = ", ".join(map(str, actor.silent(peers))) or "nobody in particular"
-        return (
-            f"step {step} had no result within {self._load.job.step_timeout:g} s; "
-            f"waiting for nodes: {silent}; {actor.explain()}"
-        )
+        Raises:
+            JobFailedError: there is none; the message says who is waited for.
+        """
+        if not self._unfinished(step) or await self._in_time(self._finish(step)):
+            return
+        limit = self._load.job.step_timeout
+        self.place.log(f"step {step}: no result after {limit:g} s; asking the codec to rescue")
+        if await self._in_time(self._rescue(step)) and not self._unfinished(step):
+            return
+        raise JobFailedError(self._unfinished(step)[0].overdue(step, limit))
+
+    def _unfinished(self, step: int) -> list[Actor]:
+        return [actor for actor in self._actors if not actor.finished(step)]
+
+    async def _in_time(self, waiting: Awaitable[None]) -> bool:
+        """Tell whether something happens within the step timeout."""
+        try:
+            async with asyncio.timeout(self._load.job.step_timeout):
+                await waiting
+        except TimeoutError:
+            return False
+        return True
+
+    async def _finish(self, step: int) -> None:
+        for actor in self._actors:
+            await actor.completed(step)
+
+    async def _rescue(self, step: int) -> None:
+        """Wait for the step once more, as long as each codec that lacks it has sent something."""
+        calls = [(actor, actor.rescue(step)) for actor in self._unfinished(step)]
+        for actor, sent in calls:
+            if not await sent and not actor.finished(step):
+                return
+        await self._finish(step)
 
     def _staleness(self) -> int:
         if self._load.job.mode == "sync":
@@ -362,16 +407,17 @@ class Session:
 
     async def _end_epoch(self, learner: Learner, step: int) -> bool:
         """Evaluate; return whether the job's target accuracy is reached."""
+        if self._stop_early and self._load.job.mode == "async":
+            return True  # decided on an earlier epoch; `conclude` evaluates
         await self.place.executor.assist(learner.settle)
         await self._evaluate(learner, step)
-        if self._load.job.target_accuracy is None:
+        if self._load.job.target_accuracy is None or self._load.job.mode == "async":
             return False
-        if self._load.job.mode == "async":
-            return self._stop_early
         return await self._verdict(self._epoch(step))
 
     async def _evaluate(self, learner: Learner, step: int) -> None:
         loss, accuracy = await self.place.executor.assist(learner.evaluate)
+        self._evaluated_step = step
         epoch, node = self._epoch(step), self.place.node
         self.evaluations.append(node, epoch, step, self._now() - self._started_at, loss, accuracy)
         self.place.log(f"epoch {epoch}: test loss {loss:.4f}, accuracy {accuracy:.4f}")

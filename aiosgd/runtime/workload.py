@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aiosgd.codecs.base import Codec, Context, Exchange, Vector
+from aiosgd.codecs.base import Codec, Context, Exchange, Role, Vector
 from aiosgd.errors import ConfigError, PluginLoadError
 from aiosgd.plugins.compressors import Compressor
 from aiosgd.plugins.datasets import Data, DataFile, Dataset
@@ -98,11 +100,11 @@ class Workload:
         """
         seed = [self.job.seed, 2, node + 1_000_000, group]
         rng, compressor_rng = (np.random.default_rng([*seed, i]) for i in range(2))
-        role = "server" if node < 0 else "worker"
+        role: Role = "server" if node < 0 else "worker"
         kind = self.server_codec if role == "server" and self.server_codec else self.codec
         ctx = Context(
             node=node,
-            role="server" if node < 0 else "worker",
+            role=role,
             workers=tuple(workers),
             servers=tuple(servers),
             server=servers[group % len(servers)] if servers else None,
@@ -163,13 +165,17 @@ def _load_codec(name: str, sources: Mapping[str, Path] | None) -> type[Codec]:
 
 
 def _class_from_file(path: Path, class_name: str, name: str) -> object:
-    spec = importlib.util.spec_from_file_location(f"aiosgd_codec_{path.stem}", path)
+    # dataclasses and annotations look their module up by its name: one name for each content
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"aiosgd_codec_{path.stem}_{digest}", path)
     if spec is None or spec.loader is None:
         raise PluginLoadError(f"codec {name!r}: {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
         raise PluginLoadError(f"codec {name!r} cannot be loaded: {describe(error)}") from error
     if not hasattr(module, class_name):
         raise PluginLoadError(f"codec {name!r}: {path.name} has no class {class_name!r}")
@@ -229,6 +235,7 @@ def load(
     model = model_class(
         make_params(model_class, job.model_params, "model"), data.inputs, data.classes
     )
+    _check_target(job, data)
     owners = _owners(job, workers)
     per_epoch = _steps_per_epoch(job, len(owners), len(data.train_y))
     return Workload(
@@ -262,6 +269,11 @@ def _load_data(job: JobConfig, data_dir: Path, paths: Mapping[str, Path] | None)
 def _server_params(job: JobConfig, codecs: Codecs) -> Any:
     """Return the server half's parameters: its own, or the worker's where it declares none."""
     if codecs.server_codec is None:
+        if job.server_codec_params:
+            raise ConfigError(
+                f"server_codec.{next(iter(job.server_codec_params))} has no effect: codec "
+                f"{job.codec!r} has no server half"
+            )
         return None
     if job.server_codec_params or hasattr(codecs.server_codec, "Params"):
         return make_params(codecs.server_codec, job.server_codec_params, "server_codec")
@@ -269,13 +281,12 @@ def _server_params(job: JobConfig, codecs: Codecs) -> Any:
 
 
 def _check_codec(job: JobConfig, codecs: Codecs) -> None:
-    codec = codecs.codec
-    if job.mode not in codec.modes:
-        raise ConfigError(
-            f"codec {job.codec!r} is not made for mode {job.mode!r}; it has: "
-            f"{', '.join(codec.modes)}"
-        )
-    if job.compressor != "none" and not codec.compresses:
+    codec, server = codecs.codec, codecs.server_codec
+    _check_mode(job, f"codec {job.codec!r}", codec)
+    if server is not None:
+        _check_mode(job, f"server codec {job.server_codec or server.__name__!r}", server)
+    compresses = codec.compresses or (server is not None and server.compresses)
+    if job.compressor != "none" and not compresses:
         raise ConfigError(
             f"compressor {job.compressor!r} has no effect: codec {job.codec!r} compresses nothing"
         )
@@ -285,6 +296,21 @@ def _check_codec(job: JobConfig, codecs: Codecs) -> None:
         raise ConfigError(
             "overlap cannot be used with exchange 'weights': a step's weights would be lost; "
             "use gradients or updates"
+        )
+
+
+def _check_mode(job: JobConfig, name: str, codec: type[Codec]) -> None:
+    if job.mode not in codec.modes:
+        raise ConfigError(
+            f"{name} is not made for mode {job.mode!r}; it has: {', '.join(codec.modes)}"
+        )
+
+
+def _check_target(job: JobConfig, data: Data) -> None:
+    if job.target_accuracy is not None and not len(data.test_y):
+        raise ConfigError(
+            f"target_accuracy is {job.target_accuracy:g}, but data set {job.dataset!r} has no test "
+            "samples to measure it on"
         )
 
 
@@ -309,6 +335,11 @@ def _shares(job: JobConfig, workers: int, data: Data) -> list[npt.NDArray[np.int
 
 def _steps_per_epoch(job: JobConfig, blocks: int, samples: int) -> int:
     batch = blocks * job.batch_size
+    if blocks > samples:
+        raise ConfigError(
+            f"{blocks} blocks per step need as many samples, but the data set has {samples}; use "
+            "fewer workers"
+        )
     if batch > samples:
         raise ConfigError(
             f"batch_size {job.batch_size} x {blocks} blocks = {batch} samples per step, but the "

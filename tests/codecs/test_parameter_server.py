@@ -88,6 +88,16 @@ async def test_sync_redundancy_makes_up_for_a_worker_that_computes_nothing():
     assert results == {worker: [3.0] for worker in range(3)}
 
 
+async def test_sync_the_first_copy_of_a_block_counts():
+    cluster = LocalCluster(ParameterServer, workers=2, redundancy=2, initial=[0.0])
+    cluster.begin({0: [1.0], 1: [9.0]})
+    cluster.codecs[-1].ctx.block_owners += ((0, 1),)  # so that the step is not complete yet
+    for worker in (0, 1):
+        await cluster.deliver(None, worker)
+        await cluster.deliver(worker, -1)
+    assert cluster.codecs[-1].updates == {0: [1.0]}
+
+
 async def test_sync_an_update_is_one_message_up_and_the_difference_one_down():
     cluster = cluster_of(3)
     await cluster.run(updates, steps=2)
@@ -106,6 +116,40 @@ async def test_what_compression_loses_comes_with_later_differences():
         gaps.append(np.abs(server.weights() - final_weights(cluster.results, 0)).max())
     assert gaps[0] > 0.1
     assert gaps[-1] < 1e-6
+
+
+class Feedback(Coarse):
+    """Coarse, with error feedback for each stream."""
+
+    def __init__(self, rng):
+        self.errors = {}
+
+    def compress(self, array, stream):
+        if stream is None:
+            return super().compress(array, stream)
+        wanted = array + self.errors.get(stream, 0)
+        payload = super().compress(wanted, stream)
+        self.errors[stream] = wanted - self.decompress(payload)
+        return payload
+
+
+async def test_the_server_s_mirror_and_the_workers_error_feedback_lead_to_the_optimum():
+    cluster = LocalCluster(ParameterServer, initial=np.zeros(40), compressor=Feedback)
+    targets = [updates(0, 4)[:, None].repeat(2, 1).reshape(-1), np.ones(40)]
+    weights = np.zeros(40, np.float32)
+    for _ in range(400):
+        results = await cluster.step({i: 0.03 * (targets[i] - weights) for i in (0, 1)})
+        weights += results[0]
+    np.testing.assert_allclose(weights, np.mean(targets, axis=0), atol=0.06)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+async def test_each_block_is_a_stream_and_the_server_has_none(mode):
+    cluster = cluster_of(3, redundancy=2, mode=mode, compressor=Feedback)
+    await cluster.run(updates, steps=2)
+    streams = [set(cluster.codecs[node].ctx.compressor.errors) for node in (0, 1, 2, -1)]
+    assert set().union(*streams) == {"block 0", "block 1", "block 2"}
+    assert streams[-1] == set()
 
 
 @pytest.mark.parametrize("redundancy", [1, 2])

@@ -438,8 +438,13 @@ def test_contexts_differ_where_they_should():
     }
     assert all(ctx.server == -1 and ctx.steps == 9 for ctx in contexts)
     assert all(ctx.initial.tolist() == [1, 2] and ctx.shapes == {"w": (2,)} for ctx in contexts)
-    again = LocalCluster(Local, workers=2, seed=3).codecs[1].ctx.rng.random(2)[0]
-    assert again == LocalCluster(Local, workers=2, seed=3).codecs[1].ctx.rng.random()
+
+
+def test_the_seed_decides_the_nodes_random_numbers():
+    def draw(seed):
+        return LocalCluster(Local, seed=seed).codecs[1].ctx.rng.random()
+
+    assert draw(3) == draw(3) != draw(4)
 
 
 def test_stop_reaches_every_codec():

@@ -115,6 +115,12 @@ def test_listing_names_what_is_installed_and_imports_nothing(gadgets, install):
     assert str(gadgets.entries()[0]) == "gadget 'anvil' (absent_module:Anvil, from zoo 1.2)"
 
 
+def test_clashing_names_are_listed_in_the_order_of_their_distributions(gadgets, install):
+    for name in "daceb":
+        install(name, "1", {"spinner": TARGET})
+    assert [entry.distribution for entry in gadgets.entries()] == list("abcde")
+
+
 def test_an_entry_point_without_a_distribution_is_listed(gadgets, monkeypatch):
     point = metadata.EntryPoint("lone", TARGET, "aiosgd.gadgets")
     monkeypatch.setattr(registry, "_entry_points", lambda group: (point,))
@@ -413,3 +419,21 @@ def test_types_are_named_in_words(annotation, words):
 def test_an_exception_is_described_on_one_line():
     assert describe(ValueError("a\n  b")) == "ValueError: a b"
     assert describe(ValueError()) == "ValueError"
+
+
+def test_a_tuple_of_different_types_is_checked_one_by_one():
+    assert check_value([1, "a"], tuple[int, str], "here") == (1, "a")
+    with pytest.raises(ConfigError, match=r"here\[1\] is 2; expected a string"):
+        check_value([1, 2], tuple[int, str], "here")
+    with pytest.raises(ConfigError, match="expected a list of 2 values"):
+        check_value([1], tuple[int, str], "here")
+
+
+def test_params_that_can_change_are_refused():
+    @dataclass
+    class Loose:
+        turn: int = 1
+
+    plugin = type("Loose", (Whole,), {"Params": Loose})
+    with pytest.raises(PluginLoadError, match="must be a frozen dataclass"):
+        Registry("codec", Gadget).check(plugin, "codec 'loose'")
