@@ -158,9 +158,9 @@ def describe(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Return `; did you mean 'x'?` for a near miss, else an empty string."""
+    """Return ` (did you mean 'x'?)` for a near miss, else an empty string."""
     matches = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 # Parameters ---------------------------------------------------------------------------------

@@ -81,14 +81,14 @@ class Actor:
         """Let the codec prepare itself; raises CodecError."""
         try:
             self.codec.start()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._broken("start", 0, error) from error
 
     def stop(self, log: Callable[[str], None]) -> None:
         """Let the codec clean up; what goes wrong there is logged, for the job has ended."""
         try:
             self.codec.stop()
-        except Exception as error:  # noqa: BLE001
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             log(str(self._broken("stop", self.ctx.step, error)))
 
     def post(self, item: Block | Message) -> None:

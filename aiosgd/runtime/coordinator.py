@@ -116,7 +116,7 @@ class Outcome:
 
     Attributes:
         train, eval: the rows of train.csv and eval.csv.
-        parameters: name -> array, as in model.safetensors.
+        parameters: name -> array, in the model's order; model.safetensors has the same.
     """
 
     folder: Path
@@ -450,7 +450,7 @@ class Coordinator:
         parameters: dict[str, Vector] = {}
         if weights is not None:
             results.write_model(self.folder, weights, shapes)
-            parameters = results.read_parameters(self.folder)
+            parameters = results.named_parameters(weights, shapes)
         summary = self._summarise(train, evaluations)
         results.write_summary(self.folder, summary)
         return Outcome(

@@ -66,15 +66,20 @@ class Node:
                         await asyncio.sleep(1)
                         self._tick()
                 finally:
-                    for control in self._controls:
-                        control.fail("the node was stopped")
+                    server.close()
+                    self._close_links("the node was stopped")
                     await asyncio.sleep(0)  # the links write in the next turn of the loop
         finally:
-            server.close()
             if self.part is not None:
                 await self.part.leave("the node was stopped")
-            for control in self._controls:
-                control.mesh.close()
+
+    def _close_links(self, reason: str) -> None:
+        """Tell the submitter why, and take no more orders."""
+        for link in list(self._pending):
+            self._expire(link, reason)
+        for control in self._controls:
+            control.fail(reason)
+            control.mesh.close()
 
     def _tick(self) -> None:
         for control in self._controls:
@@ -188,14 +193,17 @@ class Control:
         self._peer_closed.set()
 
     def report(self, report: Report, job_id: str, **facts: Any) -> None:
-        """Tell the submitter; a submitter that is gone is told nothing."""
-        if not self._peer_closed.is_set():
-            self.mesh.send([SUBMITTER], {"report": str(report), "job_id": job_id, **facts})
+        """Tell the submitter how an order went."""
+        self._send({"report": str(report), "job_id": job_id, **facts})
 
     def tell(self, news: Progress | Evaluation) -> None:
         """Pass a session's news on."""
-        if not self._peer_closed.is_set():
-            self.mesh.send([SUBMITTER], {type(news).__name__.lower(): asdict(news)})
+        self._send({type(news).__name__.lower(): asdict(news)})
+
+    def _send(self, content: dict[str, Any]) -> None:
+        """Send, unless the submitter is gone."""
+        if SUBMITTER in self.mesh.peers and not self.link.is_closed:
+            self.mesh.send([SUBMITTER], content)
 
     def _deliver(self, sender: int, content: Any, size: int) -> None:
         self.mesh.consumed(sender)
@@ -214,6 +222,8 @@ class Control:
             if mine:
                 self._stores.append(self.node.spawn(self._store(content, job_id)))
         elif order in (Order.ABORT, Order.RELEASE):
+            if mine and self._work is not None:
+                self._work.cancel()
             self.node.spawn(self._leave(Order(order), job_id, content, mine=mine))
         elif order in list(Order):
             self._work = self.node.spawn(self._follow(Order(order), job_id, content))
@@ -234,8 +244,6 @@ class Control:
         if mine:
             self.job_id = ""
             part = self.node.part
-            if self._work is not None:
-                self._work.cancel()
             await self.node.leave(str(content.get("reason", "the job is done")))
             log = part.log_bytes() if part is not None else b""
         if order is Order.ABORT:

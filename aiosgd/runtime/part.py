@@ -186,9 +186,14 @@ class Part:
         """End the part, whatever it is at."""
         self._over = True
         self._log.info("left: %s", reason)
-        if self._run is not None:
-            self._run.cancel()
-            await asyncio.wait([self._run])
+        try:
+            if self._run is not None:
+                self._run.cancel()
+                await asyncio.wait([self._run])
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         if self.mesh is not None:
             self.mesh.close()
         if self._executor is not None:
@@ -234,8 +239,10 @@ class Part:
 
     async def _dial(self, peer: int) -> None:
         hello = greeting(role="peer", job_id=self.job_id, node=self.node, token=self.token)
-        link = await introduce(self.addresses[peer], hello)
-        self.join(peer, link)
+        try:
+            self.join(peer, await introduce(self.addresses[peer], hello))
+        except ClusterError as error:
+            raise ClusterError(f"link to {node_name(peer)}: {error}") from error
 
     def _deliver(self, sender: int, content: Any, size: int) -> None:
         assert self.session is not None

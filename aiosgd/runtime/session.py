@@ -360,9 +360,9 @@ class Session:
             return
         limit = self._load.job.step_timeout
         self.place.log(f"step {step}: no result after {limit:g} s; asking the codec to rescue")
-        if await self._in_time(self._rescue(step)) and not self._unfinished(step):
-            return
-        raise JobFailedError(self._unfinished(step)[0].overdue(step, limit))
+        await self._in_time(self._rescue(step))
+        if late := self._unfinished(step):
+            raise JobFailedError(late[0].overdue(step, limit))
 
     def _unfinished(self, step: int) -> list[Actor]:
         return [actor for actor in self._actors if not actor.finished(step)]

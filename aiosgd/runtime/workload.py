@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -164,22 +166,38 @@ def _load_codec(name: str, sources: Mapping[str, Path] | None) -> type[Codec]:
     return CODECS.check(_class_from_file(path, class_name, name), f"codec {name!r}")
 
 
+class _Source(SourceFileLoader):
+    """Reads a module from its source, never from a cache: that overlooks a change of a second."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _class_from_file(path: Path, class_name: str, name: str) -> object:
-    # dataclasses and annotations look their module up by its name: one name for each content
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    spec = importlib.util.spec_from_file_location(f"aiosgd_codec_{path.stem}_{digest}", path)
-    if spec is None or spec.loader is None:
-        raise PluginLoadError(f"codec {name!r}: {path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
+        module = _import(path)
     except (Exception, SystemExit) as error:
-        del sys.modules[spec.name]
         raise PluginLoadError(f"codec {name!r} cannot be loaded: {describe(error)}") from error
     if not hasattr(module, class_name):
         raise PluginLoadError(f"codec {name!r}: {path.name} has no class {class_name!r}")
     return getattr(module, class_name)
+
+
+def _import(path: Path) -> ModuleType:
+    # dataclasses and annotations look their module up by its name: one name for each content
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    full_name = f"aiosgd_codec_{path.stem}_{digest}"
+    loader = _Source(full_name, str(path))
+    spec = spec_from_loader(full_name, loader)
+    assert spec is not None
+    module = module_from_spec(spec)
+    sys.modules[full_name] = module
+    try:
+        loader.exec_module(module)
+    except BaseException:
+        del sys.modules[full_name]
+        raise
+    return module
 
 
 def make_dataset(job: JobConfig, data_dir: Path) -> Dataset:

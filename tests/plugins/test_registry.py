@@ -142,7 +142,7 @@ def test_a_near_miss_suggests_the_nearest_name(gadgets, install, name):
     with pytest.raises(PluginNotFoundError) as caught:
         gadgets.entry(name)
     assert str(caught.value) == (
-        f"no gadget is named {name!r}; did you mean 'spinner'?; installed: anvil, spinner"
+        f"no gadget is named {name!r} (did you mean 'spinner'?); installed: anvil, spinner"
     )
 
 
@@ -289,7 +289,7 @@ def test_parameters_are_taken_and_converted():
         (
             Tunable,
             {"trun": 3},
-            "codec.trun: Tunable has no such parameter; did you mean 'turn'?; it has: turn, rate, ",
+            "codec.trun: Tunable has no such parameter (did you mean 'turn'?); it has: turn, rate, ",
         ),
         (Tunable, {"derived": 3}, "codec.derived: Tunable has no such parameter; it has: turn,"),
         (Tunable, {"turn": "3"}, "codec.turn is '3'; expected a whole number"),
@@ -314,7 +314,9 @@ def test_a_plugin_without_parameters_has_none():
 def test_any_dataclass_is_made_the_same_way():
     params = make_dataclass(Demanding.Params, {"path": "p", "other": ["q"]}, "job", "the job")
     assert params == Demanding.Params("p", ["q"])
-    with pytest.raises(ConfigError, match=r"job\.pth: the job has no such parameter; did you mean"):
+    with pytest.raises(
+        ConfigError, match=r"job\.pth: the job has no such parameter \(did you mean"
+    ):
         make_dataclass(Demanding.Params, {"pth": "p"}, "job", "the job")
 
 
@@ -368,7 +370,7 @@ def test_a_value_of_the_annotated_type_passes(value, expected, result):
         (1, bool, "p is 1; expected true or false"),
         ("none", type(None), "p is 'none'; expected NoneType"),
         ("x", bytes, "p is 'x'; expected bytes"),
-        ("sinc", Literal["sync", "async"], "p is 'sinc'; expected one of 'sync', 'async'; did"),
+        ("sinc", Literal["sync", "async"], "p is 'sinc'; expected one of 'sync', 'async' (did"),
         (1, Literal["sync"], "p is 1; expected one of 'sync'"),
         (True, Literal[1, 2], "p is True; expected one of 1, 2"),
         ("x", int | None, "p is 'x'; expected a whole number"),
@@ -394,7 +396,7 @@ def test_a_value_of_another_type_is_refused(value, expected, message):
 
 
 def test_nearest_needs_a_name_that_is_near():
-    assert nearest("plan", ["plain", "fedavg"]) == "; did you mean 'plain'?"
+    assert nearest("plan", ["plain", "fedavg"]) == " (did you mean 'plain'?)"
     assert nearest("plan", []) == ""
     assert nearest("zzz", ["plain"]) == ""
 

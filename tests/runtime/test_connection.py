@@ -30,7 +30,7 @@ def on_both_loops(test):
         with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
             errors = []
             runner.get_loop().set_exception_handler(lambda _, context: errors.append(context))
-            runner.run(asyncio.wait_for(test(**arguments), 20))
+            runner.run(finish(test(**arguments)))
             assert not errors
 
     functools.update_wrapper(run, test)
@@ -42,6 +42,20 @@ def on_both_loops(test):
         ]
     )
     return pytest.mark.parametrize("loop_name", LOOPS)(run)
+
+
+async def finish(test):
+    """Await a test, for 20 s at most, and break off the links that it leaves."""
+    made.clear()
+    try:
+        await asyncio.wait_for(test, 20)
+    finally:
+        for link in made:
+            link.abort()
+        await turns()
+
+
+made = []
 
 
 class End:
@@ -60,6 +74,7 @@ class End:
 
     def make(self, limits=connection.DEFAULT_LIMITS):
         self.link = Link(self.on_frame, self.on_closed, limits)
+        made.append(self.link)
         return self.link
 
     async def content(self):
@@ -366,7 +381,7 @@ async def test_close_delivers_what_was_queued_and_both_ends_are_told_once():
 
 
 @on_both_loops
-async def test_close_loses_nothing_although_the_peer_is_still_talking(tcp=True):
+async def test_close_loses_nothing_although_the_peer_is_still_talking():
     """Unread bytes turn an immediate close into a reset, which would destroy the last message."""
     a, b = await tcp_pair()
     b.link.send(encode(np.ones(1 << 18)))
@@ -490,22 +505,23 @@ async def test_a_refused_large_body_is_freed_with_the_link():
     """The reason is kept for reports; it must not keep the frame that it complains about."""
     end, theirs = await end_and_socket()
     loop = asyncio.get_running_loop()
-    made = []
-    original, connection_allocate = connection.allocate, "allocate"
+    bodies = []
+    original = connection.allocate
     with theirs, pytest.MonkeyPatch.context() as patch:
 
         def allocate(size):
             body = original(size)
-            made.append(weakref.ref(body.base))
+            bodies.append(weakref.ref(body.base))
             return body
 
-        patch.setattr(connection, connection_allocate, allocate)
+        patch.setattr(connection, "allocate", allocate)
         data = HEADER.pack(0xA5, 1, 0, 1, 1 << 20) + b"\x01" + bytes(1 << 20)
         await loop.sock_sendall(theirs, data)
         reason = await end.closed
     assert is_closed_with(reason, RemoteProtocolError, "arrays end at 0")
+    made.clear()
     end.link = None
-    assert [ref() for ref in made] == [None]
+    assert [body() for body in bodies] == [None]
 
 
 @on_both_loops
@@ -586,10 +602,12 @@ async def test_tls_carries_frames_of_any_size(tmp_path):
 
 def tls_contexts(folder):
     key, certificate = folder / "key.pem", folder / "certificate.pem"
+    options = (
+        "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost"
+    )
+    subject = ["-addext", "subjectAltName=DNS:localhost"]
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-        + ["-nodes", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-        + ["-keyout", key, "-out", certificate],
+        ["openssl", *options.split(), *subject, "-keyout", key, "-out", certificate],
         check=True,
         capture_output=True,
     )
@@ -606,6 +624,7 @@ async def tcp_pair():
     server = await listen("127.0.0.1", 0, b.make)
     host, port = server.sockets[0].getsockname()
     a.link = await connect(host, port, a.on_frame, a.on_closed, 5)
+    made.append(a.link)
     while b.link is None or not b.link._connected:
         await turns(1)
     server.close()
@@ -657,7 +676,7 @@ async def test_an_unknown_host_is_named_with_the_cause(monkeypatch):
         create_connection = unknown
 
     monkeypatch.setattr(asyncio, "get_running_loop", Loop)
-    with pytest.raises(ClusterError, match="nowhere:1 .*: Name or service not known"):
+    with pytest.raises(ClusterError, match=r"nowhere:1 .*: Name or service not known"):
         await connect("nowhere", 1, None, print, 5)
 
 
@@ -714,13 +733,13 @@ class Node:
 
 async def nodes(count, **options):
     """Return `count` nodes with a link between any two."""
-    made = [Node(i, **options) for i in range(count)]
-    for i, a in enumerate(made):
-        for j, b in enumerate(made[:i]):
+    all_nodes = [Node(i, **options) for i in range(count)]
+    for i, a in enumerate(all_nodes):
+        for j, b in enumerate(all_nodes[:i]):
             x, y = await pair()
             a.mesh.add(j, x.link)
             b.mesh.add(i, y.link)
-    return made
+    return all_nodes
 
 
 async def node_and_end(**options):
@@ -733,20 +752,20 @@ async def node_and_end(**options):
 
 @on_both_loops
 async def test_one_encoding_serves_many_receivers(monkeypatch):
-    made = await nodes(4)
+    sender_node, *receivers = await nodes(4)
     count = []
     monkeypatch.setattr(connection, "encode", lambda *args: count.append(1) or encode(*args))
     content = {"x": (1, np.ones(100_000))}
     size = encode(content).size
-    assert made[0].mesh.send([1, 2, 3], content) == 3 * size
-    for node in made[1:]:
+    assert sender_node.mesh.send([1, 2, 3], content) == 3 * size
+    for node in receivers:
         sender, received, received_size = await node.messages.get()
         assert (sender, received_size) == (0, size)
         assert received["x"][1].sum() == 100_000
         assert node.mesh.bytes_received == size
     assert len(count) == 1
-    assert made[0].mesh.bytes_sent == 3 * size
-    assert set(made[0].mesh.peers) == {1, 2, 3}
+    assert sender_node.mesh.bytes_sent == 3 * size
+    assert set(sender_node.mesh.peers) == {1, 2, 3}
 
 
 @on_both_loops
@@ -904,7 +923,7 @@ async def test_unhurried_credits_travel_alone_in_the_end():
 @on_both_loops
 async def test_many_credits_take_several_frames(monkeypatch):
     monkeypatch.setattr(connection, "_MAX_NUMBER", 4)
-    node, peer = await node_and_end(consume=True)
+    _, peer = await node_and_end(consume=True)
     peer.link.send(Encoded(Kind.MESSAGE, [joined(encode(None)) * 9], 16 * 9))
     assert [(await peer.frames.get())[1] for _ in range(3)] == [4, 4, 1]
 
@@ -1004,7 +1023,7 @@ async def test_close_ends_all_links_in_order_and_says_nothing_here():
     await waiting  # its credit was still returned
     for node in (b, c):
         assert (await node.messages.get())[1].sum() == 1 << 20
-        peer, reason = await node.losses.get()
+        _, reason = await node.losses.get()
         assert is_closed_with(reason, PeerLostError, "node 0 closed its link")
     with pytest.raises(PeerLostError):
         a.mesh.send([1], 1)
@@ -1073,7 +1092,7 @@ async def test_pings_keep_a_link_alive_and_are_no_messages():
 
 @on_both_loops
 async def test_adding_a_link_starts_its_clock():
-    a, b = await pair()
+    a, _ = await pair()
     a.link.last_heard = -1e9
     node = Node(0)
     node.mesh.add(1, a.link)

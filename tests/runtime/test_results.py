@@ -357,7 +357,7 @@ def test_job_file_is_all_that_a_new_run_needs(tmp_path):
         (b"a = ", " is no TOML: TOMLDecodeError: "),
         (b"a = '\xff'", " is no TOML: UnicodeDecodeError: "),
         (b"job = 3", ": job is 3; expected a table"),
-        (b"job.epoch = 3", ": job.epoch: no such key; did you mean 'epochs'?"),
+        (b"job.epoch = 3", ": job.epoch: no such key (did you mean 'epochs'?)"),
     ],
 )
 def test_damaged_job_file_is_refused(tmp_path, text, message):

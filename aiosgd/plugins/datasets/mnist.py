@@ -141,9 +141,9 @@ class Mnist(Dataset):
                 return _stored(content, folder / name)
             reasons.append(f"{url}: has not SHA-256 {digest}")
         raise ConfigError(
-            f"dataset mnist ({self.params.variant}): {', '.join(missing)} not found in {folder} or "
-            f"{cache}, and the download failed ({'; '.join(reasons)}); put the files, packed or "
-            f"unpacked, into {folder}"
+            f"dataset mnist ({self.params.variant}): {', '.join(missing)} not found in "
+            f"{' or '.join(map(str, dict.fromkeys((folder, cache))))}, and the download failed "
+            f"({'; '.join(reasons)}); put the files, packed or unpacked, into {folder}"
         )
 
     def _fetched(self, url: str) -> bytes:

@@ -356,7 +356,7 @@ def test_scaling_is_applied_to_tables(table):
         ("a,b\n1, \n", {}, "line 2 has no label in column 1"),
         ("a,b\n1,2\n", {"label": 2}, "dataset.label is 2, but the first line has 2 columns"),
         ("a,b\n1,2\n", {"label": -3}, "dataset.label is -3"),
-        ("a,kind\n1,2\n", {"label": "kimd"}, "names 0 columns .*; did you mean 'kind'"),
+        ("a,kind\n1,2\n", {"label": "kimd"}, "names 0 columns .*did you mean 'kind'"),
         ("a,a\n1,2\n", {"label": "a"}, "names 2 columns of the first line"),
         ("5.1,3.5,setosa\n4.9,3.0,setosa\n", {}, "has numbers, not names; set dataset.header"),
         (b"a,b\n\xff,2\n", {}, "cannot be read as CSV in UTF-8"),

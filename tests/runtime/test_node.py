@@ -1,0 +1,387 @@
+"""A node, spoken to order by order over a real link."""
+
+import asyncio
+import contextlib
+import hashlib
+
+import numpy as np
+import pytest
+
+from aiosgd.errors import ClusterError, ConfigError
+from aiosgd.runtime import config, node, workload
+from aiosgd.runtime.connection import listen
+from aiosgd.runtime.frame import Kind, encode
+from aiosgd.runtime.hello import greeting, introduce
+from aiosgd.runtime.job import Seat
+from aiosgd.runtime.node import Node
+from aiosgd.runtime.part import Settings
+
+pytestmark = pytest.mark.both_loops
+
+JOB = "20250102-030405-test-0123"
+OTHER_JOB = "20250102-030405-other-4567"
+
+
+class Submitter:
+    """The other end: sends orders and takes reports."""
+
+    def __init__(self, address):
+        self.address = address
+        self.reports = asyncio.Queue()
+        self.closed = asyncio.Event()
+
+    async def __aenter__(self):
+        self.link = await introduce(self.address, greeting(role="submitter"))
+        self.link.on_frame = self._frame
+        self.link.on_closed = lambda *_: self.closed.set()
+        return self
+
+    async def __aexit__(self, *_):
+        self.link.close()
+
+    def _frame(self, link, kind, number, content, size):
+        if kind is Kind.MESSAGE:
+            self.reports.put_nowait(content)
+
+    def send(self, content):
+        self.link.send(encode(content))
+
+    async def order(self, order, job_id=JOB, **facts):
+        """Give an order and return what is reported next."""
+        self.send({"order": order, "job_id": job_id, **facts})
+        return await self.report()
+
+    async def report(self):
+        while True:
+            content = await self.reports.get()
+            print({k: v for k, v in content.items() if k != "log"})
+            if "report" in content:
+                return content
+
+
+QUESTION = {"node": 0, "sources": [], "plugins": [], "files": []}
+
+
+def assignment(address, **options):
+    """Return the content of an order to prepare: a job on one worker."""
+    job = config.make_job({"workers": 1, "max_steps": 3, **options})
+    return {
+        "job": config.to_dict(job),
+        "node": 0,
+        "addresses": [[0, str(address)]],
+        "nodes_on_host": 1,
+        "token": "secret",
+        "sources": [],
+        "files": [],
+        "initial": workload.load(job, 1, "unused").initial(),
+    }
+
+
+async def test_a_job_from_vote_to_release_and_then_another(running, tmp_path):
+    async with running() as (own, address), Submitter(address) as submitter:
+        for job_id in (JOB, OTHER_JOB):
+            vote = await submitter.order("can_commit", job_id, **QUESTION)
+            assert (vote["report"], vote["missing"]) == ("vote", [])
+            for order, report in (
+                ("prepare", "prepared"),
+                ("link", "linked"),
+                ("start", "trained"),
+                ("finish", "quiet"),
+            ):
+                facts = assignment(address) if order == "prepare" else {}
+                assert (await submitter.order(order, job_id, **facts))["report"] == report
+            collected = await submitter.order("collect", job_id, weights=True)
+            assert collected["report"] == "collected"
+            assert len(collected["train"]["step"]) == 3
+            assert collected["weights"].dtype == np.float32
+            assert b"prepared as worker 0" in bytes(collected["log"])
+            submitter.send({"order": "release", "job_id": job_id})
+        await submitter.order("can_commit", JOB[:-4] + "9999", **QUESTION)
+        assert own.member.seat is Seat.PROMISED
+    folder = tmp_path / "node-0/runs" / JOB / "nodes/0"
+    assert {path.name for path in folder.iterdir()} == {
+        "node.log",
+        "train.csv",
+        "eval.csv",
+        "model.safetensors",
+    }
+
+
+async def test_a_node_that_is_taken_says_by_whom_and_keeps_its_job(running):
+    async with (
+        running() as (own, address),
+        Submitter(address) as first,
+        Submitter(address) as second,
+    ):
+        await first.order("can_commit", **QUESTION)
+        refused = await second.order("can_commit", OTHER_JOB, **QUESTION)
+        assert refused["report"] == "refused"
+        assert f"busy with job {JOB} since " in refused["reason"]
+        assert (await second.order("abort", OTHER_JOB))["report"] == "aborted"
+        assert (await second.order("abort", JOB))["report"] == "aborted"
+        second.send({"order": "release", "job_id": JOB})
+        stranger = await second.order("prepare", JOB, **assignment(address))
+        assert stranger["reason"] == "another submitter leads this job"
+        second.link.close()
+        await second.closed.wait()
+        assert (await first.order("prepare", **assignment(address)))["report"] == "prepared"
+        assert own.member.job_id == JOB
+
+
+@pytest.mark.parametrize("order", ["prepare", "link", "start", "finish", "collect"])
+async def test_orders_out_of_turn_are_refused(running, order):
+    async with running() as (own, address), Submitter(address) as submitter:
+        assert f"{order} is out of turn" in (await submitter.order(order))["reason"]
+        await submitter.order("can_commit", **QUESTION)
+        if order != "prepare":
+            assert "out of turn" in (await submitter.order(order))["reason"]
+        assert (await submitter.order("dance"))["reason"] == "unknown order 'dance'"
+        assert own.member.seat is Seat.PROMISED
+
+
+@pytest.mark.parametrize("content", ["hello", 7, None, {"order": 1}, {"order": "link"}, []])
+async def test_what_is_no_order_ends_the_link_and_the_job(running, content):
+    async with running() as (own, address):
+        async with Submitter(address) as submitter:
+            await submitter.order("can_commit", **QUESTION)
+            submitter.send(content)
+            await submitter.closed.wait()
+        await free(own, address)
+
+
+async def free(own, address):
+    """Wait until a node takes another job."""
+    async with Submitter(address) as submitter:
+        while (await submitter.order("can_commit", OTHER_JOB, **QUESTION))["report"] != "vote":
+            pass
+        assert own.member.job_id == OTHER_JOB
+
+
+@pytest.mark.parametrize("orders", [0, 1, 2, 3])
+async def test_a_node_whose_submitter_leaves_is_free(running, orders):
+    async with running() as (own, address):
+        async with Submitter(address) as submitter:
+            await submitter.order("can_commit", **QUESTION)
+            for order in ("prepare", "link", "start")[:orders]:
+                facts = assignment(address, max_steps=10**6, epochs=10**6)
+                await submitter.order(order, **facts) if order != "start" else submitter.send(
+                    {"order": order, "job_id": JOB}
+                )
+        await free(own, address)
+        assert own.part is None
+
+
+async def test_nothing_of_a_job_lives_on_after_its_submitter_left(running):
+    before = asyncio.all_tasks()
+    async with running() as (own, address):
+        idle = asyncio.all_tasks()
+        async with Submitter(address) as submitter:
+            await submitter.order("can_commit", **QUESTION)
+            facts = assignment(address)
+            facts["addresses"].append([1, "127.0.0.1:9"])  # it will wait for worker 1 for ever
+            await submitter.order("prepare", **facts)
+            submitter.send({"order": "link", "job_id": JOB})
+        await free(own, address)
+        while len(asyncio.all_tasks()) > len(idle):
+            await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_submitter_that_falls_silent_before_the_start_loses_the_node(running, monkeypatch):
+    async with running() as (own, address), Submitter(address) as submitter:
+        await submitter.order("can_commit", **QUESTION)
+        now = own.now()
+        monkeypatch.setattr(own, "now", lambda: now + 9)
+        own._tick()
+        assert own.member.seat is Seat.PROMISED
+        monkeypatch.setattr(own, "now", lambda: now + 11)
+        own._tick()
+        refused = await submitter.order("prepare", **assignment(address))
+        assert "out of turn" in refused["reason"]
+        async with Submitter(address) as other:
+            assert (await other.order("can_commit", OTHER_JOB, **QUESTION))["report"] == "vote"
+            submitter.link.close()
+            await submitter.closed.wait()
+            again = await other.order("prepare", OTHER_JOB, **assignment(address))
+            assert again["report"] == "prepared"
+
+
+async def test_a_node_that_is_stopped_tells_its_submitter(running):
+    async with running() as (_, address):
+        submitter = await Submitter(address).__aenter__()
+        await submitter.order("can_commit", **QUESTION)
+        await submitter.order("prepare", **assignment(address))
+    failed = await submitter.report()
+    assert (failed["report"], failed["reason"]) == ("failed", "the node was stopped")
+    await submitter.closed.wait()
+
+
+# Votes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"sources": ["my.py:My"]}, "codec my.py:My comes as source code"),
+        ({"plugins": [["codec", "plain", "aiosgd", "0.0"]]}, "from aiosgd 0.0 at the submitter"),
+        ({"plugins": [["codec", "plian", "x", "1"]]}, "no codec is named 'plian'"),
+        ({"plugins": [["soup", "plain", "x", "1"]]}, "KeyError: 'soup'"),
+        ({"files": [["x", "../../etc/passwd", 1]]}, "is no sha256"),
+        ({"node": "0/../../x"}, "ValueError"),
+        ({"job_id": "../up"}, "job id is '../up'"),
+    ],
+)
+async def test_a_node_that_cannot_take_a_job_says_why_and_stays_free(
+    running, tmp_path, facts, reason
+):
+    async with running() as (own, address), Submitter(address) as submitter:
+        refused = await submitter.order("can_commit", **{"job_id": JOB, **QUESTION, **facts})
+        assert refused["report"] == "refused"
+        assert reason in refused["reason"]
+        assert own.member.seat is Seat.FREE
+        assert not (tmp_path / "node-0").exists()
+
+
+async def test_a_job_id_is_never_used_twice(running):
+    async with running() as (_, address), Submitter(address) as submitter:
+        await submitter.order("can_commit", **QUESTION)
+        await submitter.order("prepare", **assignment(address))
+        await submitter.order("abort")
+        refused = await submitter.order("can_commit", **QUESTION)
+        assert "was here before" in refused["reason"]
+
+
+async def test_a_job_that_cannot_be_prepared_fails_with_the_reason(running):
+    async with running() as (own, address), Submitter(address) as submitter:
+        await submitter.order("can_commit", **QUESTION)
+        facts = assignment(address)
+        facts["job"]["codec"] = "nobodys"
+        failed = await submitter.order("prepare", **facts)
+        assert failed["report"] == "failed"
+        assert "no codec is named 'nobodys'" in failed["reason"]
+        aborted = await submitter.order("abort")
+        assert aborted["report"] == "aborted"
+        assert own.member.seat is Seat.FREE
+
+
+async def test_a_peer_that_cannot_be_reached_is_named(running):
+    async with running() as (_, address), Submitter(address) as submitter:
+        gone = await listen("127.0.0.1", 0, asyncio.Protocol)
+        port = gone.sockets[0].getsockname()[1]
+        gone.close()
+        await submitter.order("can_commit", **{**QUESTION, "node": 1})
+        facts = assignment(address, workers=2)
+        facts |= {"node": 1, "addresses": [[0, f"127.0.0.1:{port}"], [1, str(address)]]}
+        await submitter.order("prepare", **facts)
+        failed = await submitter.order("link")
+        assert failed["report"] == "failed"
+        assert f"link to worker 0: 127.0.0.1:{port} cannot be reached" in failed["reason"]
+
+
+# Data files -----------------------------------------------------------------------------------
+
+
+async def test_a_file_is_kept_by_its_content_and_only_from_who_leads(running, tmp_path):
+    data = np.arange(100, dtype=np.uint8)
+    sha256 = hashlib.sha256(data).hexdigest()
+    question = {**QUESTION, "files": [["x.npz", sha256, 100]]}
+    kept = tmp_path / "node-0/data/sha256" / sha256
+    async with (
+        running() as (_, address),
+        Submitter(address) as submitter,
+        Submitter(address) as stranger,
+    ):
+        assert (await submitter.order("can_commit", **question))["missing"] == [sha256]
+        stranger.send({"order": "file", "job_id": JOB, "sha256": sha256, "data": data})
+        await stranger.order("dance")
+        assert not kept.exists()
+        submitter.send({"order": "file", "job_id": JOB, "sha256": sha256, "data": data})
+        await submitter.order("prepare", **assignment(address))
+        assert kept.read_bytes() == data.tobytes()
+        assert [path.name for path in kept.parent.iterdir()] == [sha256]
+        await submitter.order("abort")
+        again = await submitter.order("can_commit", OTHER_JOB, **question)
+        assert again["missing"] == []
+
+
+async def test_a_file_that_is_not_what_it_was_announced_as_is_refused(running, tmp_path):
+    data, sha256 = np.arange(100, dtype=np.uint8), "0" * 64
+    async with running() as (_, address), Submitter(address) as submitter:
+        await submitter.order("can_commit", **{**QUESTION, "files": [["x.npz", sha256, 100]]})
+        refused = await submitter.order("file", sha256=sha256, data=data)
+        assert refused["report"] == "refused"
+        assert "sha256" in refused["reason"]
+    assert not list((tmp_path / "node-0/data").rglob("0" * 64))
+
+
+# Links ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hello", "reason"),
+    [
+        (greeting(), "it is no node of this node's job"),
+        (greeting(role="peer", job_id=JOB, node=0, token="secret"), "no node of this node's job"),
+        ({**greeting(role="submitter"), "wire": 99}, "the caller speaks wire version 99"),
+        ({}, "wire version None"),
+    ],
+)
+async def test_a_caller_that_has_no_business_here_is_told_so(running, hello, reason):
+    async with running() as (_, address):
+        with pytest.raises(ClusterError, match=f"{address} refused the link: .*{reason}"):
+            await introduce(address, hello)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"token": "guess"}, {"token": None}, {"job_id": OTHER_JOB}, {"node": 7}, {"node": "1"}, {}],
+)
+async def test_only_nodes_of_the_job_may_join_it_and_once(running, wrong):
+    async with running() as (own, address), Submitter(address) as submitter:
+        await submitter.order("can_commit", **QUESTION)
+        facts = assignment(address, workers=2)
+        facts["addresses"].append([1, "127.0.0.1:9"])
+        await submitter.order("prepare", **facts)
+        right = greeting(role="peer", job_id=JOB, node=1, token="secret")
+        if not wrong:
+            link = await introduce(address, right)
+            assert list(own.part.mesh.peers) == [1]
+            with pytest.raises(ClusterError, match="no node of this node's job"):
+                await introduce(address, right)
+            link.close()
+            return
+        with pytest.raises(ClusterError, match="no node of this node's job"):
+            await introduce(address, {**right, **wrong})
+        assert not own.part.mesh.peers
+
+
+async def test_a_caller_that_says_nothing_is_sent_away(running, monkeypatch):
+    monkeypatch.setattr(node, "HELLO_TIMEOUT", 0.01)
+    async with running() as (_, address):
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        writer.close()
+
+
+async def test_the_oldest_silent_callers_make_room_for_new_ones(running, monkeypatch):
+    monkeypatch.setattr(node, "PENDING_LIMIT", 3)
+    async with running() as (own, address), contextlib.AsyncExitStack() as stack:
+        readers = []
+        for _ in range(8):
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            stack.callback(writer.close)
+            readers.append(reader)
+        for reader in readers[:5]:
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+        assert len(own._pending) == 3
+        async with Submitter(address) as submitter:
+            assert (await submitter.order("can_commit", **QUESTION))["report"] == "vote"
+
+
+async def test_an_address_that_is_taken_is_the_users_mistake(running, tmp_path):
+    async with running() as (_, address):
+        other = Node(Settings(port=address.port, run_dir=tmp_path, data_dir=tmp_path))
+        with pytest.raises(ConfigError, match=f"{address}: .*in use"):
+            await other.serve(print)
