@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from aiosgd.errors import ConfigError
 from aiosgd.plugins.kinds import LAUNCHERS
 from aiosgd.plugins.registry import make_params
 from aiosgd.runtime.config import Address, Cluster, JobConfig, load_cluster, make_job
-from aiosgd.runtime.coordinator import Observer, Outcome, Request, run_job
+from aiosgd.runtime.coordinator import Observer, Outcome, Request, load_job, run_job
 from aiosgd.runtime.workload import is_file_codec, load_codecs
 
 
@@ -80,6 +81,8 @@ async def run(
         options["workers"] = 2
     job = make_job(options, sets)
     workers, servers = _sizes(job)
+    data_dir = Path(data_dir or default_data_dir())
+    loaded = await asyncio.to_thread(load_job, job, workers, data_dir)
     observer = observer or Silent()
     launcher = LAUNCHERS.load("local")
     launched = launcher(make_params(launcher, {}, "launcher")).launch(
@@ -90,9 +93,9 @@ async def run(
             job=job,
             workers=[Address.parse(text, "local worker") for text in nodes.workers],
             servers=[Address.parse(text, "local server") for text in nodes.servers],
-            data_dir=Path(data_dir or default_data_dir()),
+            data_dir=data_dir,
         )
-        return await run_job(request, observer)
+        return await run_job(request, observer, loaded)
 
 
 def _sizes(job: JobConfig) -> tuple[int, int]:
@@ -102,6 +105,8 @@ def _sizes(job: JobConfig) -> tuple[int, int]:
         if job.servers:
             raise ConfigError(f"servers is {job.servers}, but codec {job.codec!r} uses no server")
         return workers, 0
+    if job.servers == 0:
+        raise ConfigError(f"servers is 0, but codec {job.codec!r} needs one or more")
     return workers, 1 if job.servers is None else job.servers
 
 

@@ -6,6 +6,7 @@ Whatever costs time to import is imported inside the commands, so that `--help` 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import json
@@ -14,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -106,8 +107,8 @@ def one_line(error: Exception) -> str:
 JOB_OPTIONS = {
     "codec": "Codec: a name (see `aiosgd plugins codec`) or FILE.py:CLASS.",
     "server_codec": "Codec of the servers; default: the codec's own server half.",
-    "mode": "Barrier per step, or never wait.",
-    "exchange": "What blocks and results are; default: the codec's own choice.",
+    "mode": "sync: a barrier per step; async: never wait.",
+    "exchange": "gradients, updates or weights; default: the codec's own choice.",
     "compressor": "Compressor for what the codec sends.",
     "model": "Model.",
     "dataset": "Data set.",
@@ -136,9 +137,7 @@ def _with_job_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(**kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in JOB_OPTIONS}
-        if str(options["granularity"] or "").isdigit():
-            options["granularity"] = int(options["granularity"])
+        options = {name: _number(name, kwargs.pop(name)) for name in JOB_OPTIONS}
         command(options=options, **kwargs)
 
     own = inspect.signature(command, eval_str=True).parameters.values()
@@ -150,19 +149,51 @@ def _with_job_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(name: str) -> inspect.Parameter:
-    """Return one job option as typer reads it: type and default are those of JobConfig."""
-    default = getattr(JobConfig, name)
-    kind = str if name == "granularity" else get_type_hints(JobConfig)[name]
+    """Return one job option as typer reads it; its default and its words are those of JobConfig.
+
+    typer gets all values as text: what is wrong with one is then said in the same words as for a
+    value in a file.
+    """
+    default, hint = getattr(JobConfig, name), _hints()[name]
     option = typer.Option(
         "--" + name.replace("_", "-"),
         help=JOB_OPTIONS[name] + (f" Default: {default}." if default else ""),
+        metavar=None if hint is bool else _metavar(hint),
         rich_help_panel="Job options",
         show_default=False,
     )
-    annotation: Any = Annotated[kind | None, option]
+    kind: Any = bool if hint is bool else str
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
     )
+
+
+def _number(name: str, value: Any) -> Any:
+    """Return an option's text as the number that it is meant to be, if it is one."""
+    hint = _hints()[name]
+    for kind in (int, float):
+        if isinstance(value, str) and (hint is kind or kind in get_args(hint)):
+            with contextlib.suppress(ValueError):
+                return kind(value)
+    return value
+
+
+def _metavar(hint: Any) -> str:
+    """Return what help shows in the place of an option's value."""
+    words = {int: "N", float: "X", str: "NAME"}
+    if hint in words:
+        return words[hint]
+    parts = [arg if isinstance(arg, str) else _metavar(arg) for arg in get_args(hint)]
+    choices = "|".join(part for part in parts if part)
+    return choices if len(choices) <= 16 else "NAME"
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(JobConfig)
 
 
 Sets = Annotated[
@@ -402,7 +433,7 @@ def plugins(
 def main() -> None:
     """Run the command line; what typer itself finds wrong is one line on stderr, too."""
     try:
-        code = typer.main.get_command(app).main(standalone_mode=False)
+        code = typer.main.get_command(app).main(prog_name="aiosgd", standalone_mode=False)
     except UsageError as error:
         message = getattr(error, "format_message", error.__str__)().rstrip(".")
         context = getattr(error, "ctx", None)

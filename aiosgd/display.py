@@ -103,7 +103,7 @@ class Display:
         return True
 
     def _line(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _sentence(self, progress: Progress) -> str:
         return (
@@ -146,7 +146,7 @@ class Display:
     def _cells(self, node: int) -> dict[str, str | Text]:
         progress, evaluation = self._progress[node], self._evaluations.get(node)
         done = round(BAR_WIDTH * progress.step / progress.steps)
-        bar = Text("━" * done, style="green") + Text("━" * (BAR_WIDTH - done), style="dim")
+        bar = Text.assemble(("━" * done, "green"), ("━" * (BAR_WIDTH - done), "dim"))
         return {
             "node": node_name(node),
             "progress": bar,

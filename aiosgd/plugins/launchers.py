@@ -97,7 +97,7 @@ class Local(Launcher):
                 _command(run_dir / name.replace(" ", "-"), allow_code=allow_code) for name in names
             ]
             async with _processes(commands) as processes:
-                addresses = await asyncio.gather(*map(_address, processes))
+                addresses = await _addresses(processes)
                 async with _passed_on(dict(zip(names, processes, strict=True)), printed):
                     yield Launched(tuple(addresses[:workers]), tuple(addresses[workers:]))
 
@@ -153,6 +153,17 @@ async def _stopped(process: Process) -> None:
         await process.communicate()
 
 
+async def _addresses(processes: Sequence[Process]) -> list[str]:
+    """Return where all nodes listen; as soon as one fails, the others are not waited for."""
+    waits = [asyncio.ensure_future(_address(process)) for process in processes]
+    try:
+        return await asyncio.gather(*waits)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.wait(waits)
+
+
 async def _address(process: Process) -> str:
     assert process.stdout is not None
     try:
@@ -163,8 +174,9 @@ async def _address(process: Process) -> str:
     match = re.search(r"listening on (\S+)", line)
     if match is None:
         assert process.stderr is not None
-        reason = (await process.stderr.read()).decode(errors="replace").strip().splitlines()
-        raise ClusterError(f"a local node did not start: {reason[-1] if reason else line!r}")
+        errors = (await process.stderr.read()).decode(errors="replace").strip().splitlines()
+        reason = errors[-1] if errors else f"it printed {line!r}"
+        raise ClusterError(f"a local node did not start: {reason}")
     return match[1]
 
 

@@ -481,6 +481,7 @@ async def connect(
             names address and cause.
     """
     loop = asyncio.get_running_loop()
+    _check_port(host, port)
     try:
         async with asyncio.timeout(timeout):
             _, link = await loop.create_connection(
@@ -488,7 +489,7 @@ async def connect(
             )
     except TimeoutError as error:
         raise ClusterError(f"{host}:{port} does not answer within {timeout:g} s") from error
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise ClusterError(f"{host}:{port} cannot be reached: {_cause(error)}") from error
     return link
 
@@ -500,10 +501,16 @@ async def listen(host: str, port: int, factory: Callable[[], Link]) -> asyncio.S
         ClusterError: the address is in use or not ours; the message names address and cause.
     """
     loop = asyncio.get_running_loop()
+    _check_port(host, port)
     try:
         return await loop.create_server(factory, host, port)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise ClusterError(f"cannot listen on {host}:{port}: {_cause(error)}") from error
+
+
+def _check_port(host: str, port: int) -> None:
+    if not 0 <= port <= 0xFFFF:
+        raise ClusterError(f"{host}:{port} is no address: a port is at most 65535")
 
 
 def _cause(error: Exception) -> str:

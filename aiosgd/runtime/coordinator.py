@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from aiosgd.errors import (
     PeerLostError,
     RemoteProtocolError,
 )
+from aiosgd.plugins.datasets import DataFile
 from aiosgd.plugins.kinds import TRACKERS
 from aiosgd.plugins.registry import describe, make_params
 from aiosgd.runtime import config, results, workload
@@ -166,11 +167,30 @@ def file_sources(job: JobConfig) -> list[tuple[str, bytes]]:
     ]
 
 
-async def run_job(request: Request, observer: Observer) -> Outcome:
+Loaded: TypeAlias = tuple[Workload, list[DataFile]]
+
+
+def load_job(job: JobConfig, workers: int, data_dir: Path) -> Loaded:
+    """Load and check everything that a job names; its data files are looked up only once.
+
+    Raises:
+        ConfigError, PluginError: see `workload.load`.
+    """
+    files = workload.dataset_files(job, data_dir)
+    paths = {file.name: file.path for file in files}
+    return workload.load(job, workers, data_dir, paths=paths or None), files
+
+
+async def run_job(request: Request, observer: Observer, loaded: Loaded | None = None) -> Outcome:
     """Run a job on a cluster and collect what it leaves.
 
     Cancelling this coroutine cancels the job: the nodes are told, their logs collected, and then
     the cancellation goes on.
+
+    Args:
+        request: what to run, where.
+        observer: told how the job goes.
+        loaded: what `load_job` gave, if it was called before.
 
     Raises:
         ConfigError, PluginError: before any node is spoken to.
@@ -178,16 +198,10 @@ async def run_job(request: Request, observer: Observer) -> Outcome:
         JobFailedError: the job started and failed.
     """
     nodes = choose_nodes(request)
-    load, files = await asyncio.to_thread(_load, request, nodes)
-    return await Coordinator(request, observer, nodes, load, files).run()
-
-
-def _load(request: Request, nodes: Mapping[int, Address]) -> tuple[Workload, list[Any]]:
-    """Load everything that the job names; the data set's files are looked up only once."""
-    files = workload.dataset_files(request.job, request.data_dir)
-    paths = {file.name: file.path for file in files}
-    workers = sum(node >= 0 for node in nodes)
-    return workload.load(request.job, workers, request.data_dir, paths=paths or None), files
+    if loaded is None:
+        workers = sum(node >= 0 for node in nodes)
+        loaded = await asyncio.to_thread(load_job, request.job, workers, request.data_dir)
+    return await Coordinator(request, observer, nodes, *loaded).run()
 
 
 @dataclass
@@ -198,7 +212,7 @@ class Coordinator:
     observer: Observer
     nodes: dict[int, Address]
     load: Workload
-    files: list[Any]
+    files: list[DataFile]
     _links: dict[int, Mesh] = field(default_factory=dict)
     _sockets: dict[int, Link] = field(default_factory=dict)
     _watches: list[asyncio.Future[None]] = field(default_factory=list)

@@ -77,8 +77,10 @@ async def introduce(address: Address, hello: Mapping[str, Any], timeout: float =
     except BaseException:
         link.abort()
         raise
-    if not isinstance(answer, dict) or "error" in answer:
+    if not isinstance(answer, dict):
         link.abort()
-        reason = answer.get("error") if isinstance(answer, dict) else "it is no aiosgd node"
-        raise ClusterError(f"{address} refused the link: {reason}")
+        raise ClusterError(f"{address} is no aiosgd node: it did not answer with a HELLO")
+    if "error" in answer:
+        link.abort()
+        raise ClusterError(f"{address} refused the link: {answer['error']}")
     return link

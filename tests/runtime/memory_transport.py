@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import selectors
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -194,16 +195,16 @@ class InlineCompute:
     """Computes on the loop, after a random number of its turns.
 
     Args:
-        seconds: virtual time that each training computation takes.
+        seconds: virtual time that the training computations take, in turn, then from the first.
     """
 
-    def __init__(self, rng: np.random.Generator, seconds: float) -> None:
+    def __init__(self, rng: np.random.Generator, seconds: Sequence[float]) -> None:
         self._rng = rng
-        self._seconds = seconds
+        self._seconds = itertools.cycle(seconds)
 
     async def compute(self, function: Callable[..., T], *args: Any) -> T:
-        if self._seconds:
-            await asyncio.sleep(self._seconds)
+        if seconds := next(self._seconds):
+            await asyncio.sleep(seconds)
         return await self.assist(function, *args)
 
     async def assist(self, function: Callable[..., T], *args: Any) -> T:
@@ -275,7 +276,7 @@ def run_sessions(
     *,
     codec: type[Codec] | None = None,
     seed: int = 0,
-    seconds: Mapping[int, float] | None = None,
+    seconds: Mapping[int, float | Sequence[float]] | None = None,
     stop_after: int | None = None,
     fails: bool = False,
 ) -> Outcome:
@@ -285,12 +286,16 @@ def run_sessions(
         options: of the job, on top of SMALL.
         codec: instead of the one in the options.
         seed: decides how long everything is under way; not the job's seed.
-        seconds: worker -> virtual time that it needs for a block.
+        seconds: worker -> virtual time that it needs for a block, or for one after the other.
         stop_after: the epoch after which the verdict is to stop; without, it is to go on.
         fails: whether sessions may fail; otherwise what they raise is raised here.
     """
     load = load_small(options, workers, codec)
-    return run_virtually(_run(load, workers, servers, seed, seconds or {}, stop_after, fails))
+    paces = {
+        node: pace if isinstance(pace, Sequence) else (pace,)
+        for node, pace in (seconds or {}).items()
+    }
+    return run_virtually(_run(load, workers, servers, seed, paces, stop_after, fails))
 
 
 async def _run(
@@ -298,7 +303,7 @@ async def _run(
     workers: int,
     servers: int,
     seed: int,
-    seconds: Mapping[int, float],
+    paces: Mapping[int, Sequence[float]],
     stop_after: int | None,
     fails: bool,
 ) -> Outcome:
@@ -324,7 +329,7 @@ async def _run(
             workers=nodes[:workers],
             servers=nodes[workers:],
             transport=outcome.network.join(node),
-            executor=InlineCompute(rng, seconds.get(node, 0.0)),
+            executor=InlineCompute(rng, paces.get(node, (0.0,))),
             report=report,
             log=log.append,
             clock=asyncio.get_running_loop().time,

@@ -605,6 +605,22 @@ async def test_rescue_is_not_called_once_nobody_waits_for_it():
     assert desk.codec.heard == []
 
 
+async def test_nobody_need_wait_any_more_when_the_rescue_is_over():
+    class Slowly(Saving):
+        async def rescue(self):
+            await asyncio.sleep(0)
+            self.heard.append("rescued")
+
+    desk = Desk(Slowly)
+    sent = desk.actor.rescue(0)
+    async with desk.running():
+        while desk.actor.call is None:
+            await asyncio.sleep(0)
+        sent.cancel()
+        await desk.calm()
+    assert desk.codec.heard == ["rescued"]
+
+
 async def test_the_default_rescue_sends_nothing():
     async with Desk(Quiet).running() as desk:
         assert await desk.actor.rescue(0) == 0
@@ -629,6 +645,11 @@ async def test_overdue_names_who_was_silent_and_who_was_heard():
 async def test_a_late_message_does_not_count_as_heard():
     class Relay(Done):
         accepts_late = True
+
+        async def receive(self, message):
+            if not self.heard:
+                self.set_result(TWO)
+            await Quiet.receive(self, message)
 
     desk = Desk(Relay)
     desk.message(0, sender=1)
@@ -687,8 +708,8 @@ async def test_each_call_of_a_hook_has_its_own_number():
 async def test_settled_waits_for_what_is_there_now_and_no_longer():
     class Chatty(Quiet):
         async def receive(self, message):
-            await super().receive(message)
             await asyncio.sleep(0)
+            await super().receive(message)
             if message.content < 50:
                 self.desk.message(0, message.content + 1)
 
@@ -702,6 +723,10 @@ async def test_settled_waits_for_what_is_there_now_and_no_longer():
         assert max(set(heard) - {100}) < 50
         await desk.calm()
         await desk.actor.settled()  # nothing to wait for
+        desk.actor.rescue(0)
+        desk.message(0, 200)
+        await desk.actor.settled()
+        assert desk.codec.heard[-1][0] == 200
 
 
 async def test_whoever_waits_is_woken_once_and_may_give_up():

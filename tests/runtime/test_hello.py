@@ -69,8 +69,8 @@ async def test_what_follows_the_answer_is_kept_for_who_takes_the_link_over():
     ("answer", "reason"),
     [
         (lambda link, *_: refuse(link, "not you"), "refused the link: not you"),
-        (lambda link, *_: link.send(encode("hi")), "refused the link: it is no aiosgd node"),
-        (lambda link, *_: link.send(encode(7, Kind.HELLO)), "it is no aiosgd node"),
+        (lambda link, *_: link.send(encode("hi")), "is no aiosgd node"),
+        (lambda link, *_: link.send(encode(7, Kind.HELLO)), "is no aiosgd node"),
         (lambda link, *_: link.close(), "closed the link: without a word"),
         (lambda link, *_: link.abort(), "closed the link: "),
         (lambda *_: None, "did not answer: is it an aiosgd node"),
@@ -96,15 +96,18 @@ async def test_something_that_is_no_node_at_all():
 
 
 async def test_giving_up_leaves_no_link_behind():
-    closed = asyncio.Event()
-    server = await listen("127.0.0.1", 0, lambda: Link(lambda *_: None, lambda *_: closed.set()))
+    called, closed = asyncio.Event(), asyncio.Event()
+    server = await listen(
+        "127.0.0.1", 0, lambda: Link(lambda *_: called.set(), lambda *_: closed.set())
+    )
     address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
     calling = asyncio.create_task(introduce(address, greeting()))
-    while not server.sockets or not calling.cancelling():
-        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await called.wait()
         calling.cancel()
-    await asyncio.wait([calling])
-    assert calling.cancelled()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        await closed.wait()
     server.close()
 
 

@@ -110,7 +110,7 @@ class Generous(Plain):
 @pytest.mark.parametrize("codec", [Plain, Generous])
 def test_redundant_workers_equal_as_many_as_there_are_blocks(codec, optimizer, exchange):
     options = {"batch_size": 4, "epochs": 2, "exchange": exchange, **optimizer}
-    slow = {0: 1.0, 3: 0.6}  # others may do part of the share of worker 0
+    slow = {0: (1.0, 0.1, 0.1, 0.1, 0.1), 3: (0.6, 0.6, 0.0)}  # others may do part of their share
     redundant = run_sessions({**options, "redundancy": 2}, 4, codec=codec, seconds=slow)
     single = run_sessions(options, 6, seed=1)
     for node in range(4):
@@ -241,6 +241,8 @@ def test_overlap_hides_the_exchange_behind_the_computation():
     together = run_sessions({**options, "overlap": True}, codec=Heavy, seconds=seconds)
     assert apart.now == pytest.approx(12.0)
     assert together.now == pytest.approx(7.0)
+    alone = run_sessions({**options, "overlap": True}, 1, seconds=seconds)
+    assert alone.now == pytest.approx(6.0)  # nothing is computed that no step needs
 
 
 # servers --------------------------------------------------------------------------------------
@@ -391,7 +393,7 @@ def test_what_comes_after_the_last_step_is_applied_before_the_last_evaluation():
     assert_same(outcome.weights[1], initial)
     load = load_small({})
     loss, _ = load.model.evaluate(outcome.weights[0], load.data.test_x, load.data.test_y)
-    assert outcome.evaluations(0).loss[-1] == loss
+    assert outcome.evaluations(0).loss.tolist() == [loss]
 
 
 @pytest.mark.parametrize("exchange", ["gradients", "updates", "weights"])
@@ -431,6 +433,18 @@ def test_a_verdict_stops_all_workers_at_the_same_epoch(seed):
         assert outcome.evaluations(node).epoch.tolist() == [0, 1]
         assert outcome.evaluations(node).step.tolist() == [7, 15]
         assert_same(outcome.weights[node], two.weights[0])
+
+
+def test_only_the_first_verdict_on_an_epoch_counts():
+    place = run_sessions({"max_steps": 1}, 1).sessions[0].place
+
+    async def judge():
+        session = session_module.Session(place, load_small({}, 1), load_small({}, 1).initial())
+        session.verdict(0, True)
+        session.verdict(0, False)
+        return await session._verdict(0)
+
+    assert run_virtually(judge()) is True
 
 
 def test_without_a_verdict_to_stop_all_epochs_are_trained():
@@ -525,6 +539,8 @@ def test_evaluations_are_those_of_the_final_weights_and_are_reported():
     loss, accuracy = load.model.evaluate(outcome.weights[1], load.data.test_x, load.data.test_y)
     assert Evaluation(1, 1, 23, loss, accuracy) in outcome.reports
     assert len([news for news in outcome.reports if isinstance(news, Evaluation)]) == 4
+    first = run_sessions({}, 2).evaluations(1)
+    assert outcome.evaluations(1).loss[0] == first.loss[0]
     assert outcome.logs[1] == [
         f"epoch {row.epoch}: test loss {row.loss:.4f}, accuracy {row.accuracy:.4f}"
         for row in outcome.evaluations(1)

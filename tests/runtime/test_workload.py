@@ -285,6 +285,14 @@ def test_workers_and_servers_get_their_halves_and_parameters():
     assert load.exchange == "weights"
 
 
+def test_a_server_half_with_parameters_of_its_own_gets_those(write):
+    path = write(SOURCE)
+    options = {"codec": "fedavg", "codec_params": {"turn": 3}, "server_codec": f"{path}:Mine"}
+    assert make(load_small(options), -1).ctx.params.turn == 7
+    load = load_small({**options, "server_codec_params": {"turn": 4}})
+    assert (make(load, -1).ctx.params.turn, make(load, 0).ctx.params.turn) == (4, 3)
+
+
 def test_a_codec_knows_its_place():
     load = load_small({"mode": "async", "redundancy": 2, "granularity": "tensor", "epochs": 2}, 2)
     ctx = make(load, 1, group=1).ctx

@@ -1,0 +1,3 @@
+"""What a plugin must not do."""
+
+raise SystemExit("this plugin has had enough")
