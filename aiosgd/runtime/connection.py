@@ -559,6 +559,7 @@ class Mesh:
 
     Attributes:
         bytes_sent, bytes_received: totals of MESSAGE frames on the wire, headers included.
+        messages_sent, messages_consumed: totals, with what this node sends to itself.
     """
 
     def __init__(
@@ -570,6 +571,7 @@ class Mesh:
     ) -> None:
         self.node = node
         self.bytes_sent = self.bytes_received = 0
+        self.messages_sent = self.messages_consumed = 0
         self._deliver = deliver
         self._lost = lost
         self._eager_credit = eager_credit
@@ -632,6 +634,7 @@ class Mesh:
         raise LocalProtocolError(f"{self} cannot send to node {node}: it is no peer")
 
     def _send_frame(self, node: int, frame: Encoded) -> int:
+        self.messages_sent += 1
         if node == self.node:
             self._loop.call_soon(self._deliver_here, frame.received(), frame.size)
             return 0
@@ -677,11 +680,13 @@ class Mesh:
         Raises:
             LocalProtocolError: it has handled all of them before.
         """
-        if sender == self.node or sender in self._gone or self._closed:
-            return
         peer = self._peers.get(sender)
+        if peer is None and (sender == self.node or sender in self._gone or self._closed):
+            self.messages_consumed += 1
+            return
         if peer is None or not peer.unconsumed:
             raise LocalProtocolError(f"{self} has no message of node {sender} to consume")
+        self.messages_consumed += 1
         peer.unconsumed -= 1
         peer.owed += 1
         if self._credit_handle is None:

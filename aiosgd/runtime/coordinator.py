@@ -383,7 +383,8 @@ class Coordinator:
             self._collected[node] = _Collected(*empty, bytes(content["log"]), None, {})
         reason = str(content.get("reason", ""))
         self._log.info("%s: %s %s", node_name(node), report, reason)
-        self._apply(Reported(node, report, self._now(), reason))
+        totals = int(content.get("sent", 0)), int(content.get("consumed", 0))
+        self._apply(Reported(node, report, self._now(), reason, totals))
 
     def _payload(self, node: int, order: Order) -> dict[str, Any]:
         if order is Order.CAN_COMMIT:

@@ -113,6 +113,7 @@ class Reported:
     report: Report
     now: float
     reason: str = ""
+    totals: tuple[int, int] = (0, 0)  # with QUIET: messages sent and consumed so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +204,8 @@ class Job:
     lost: set[int] = field(default_factory=set)
     _heard: float = 0.0
     _ending: Phase = Phase.FAILED
+    _totals: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _totals_before: dict[int, tuple[int, int]] = field(default_factory=dict)
     _accuracies: dict[int, dict[int, float]] = field(default_factory=dict)
 
     def handle(self, event: Event) -> list[Instruction]:
@@ -249,9 +252,28 @@ class Job:
         stage = STAGES.get(self.phase)
         if stage is None or event.report is not stage.awaited:
             return []
-        self._heard = event.now
         self.missing.discard(event.node)
+        if self.phase is Phase.FINISHING:
+            self._totals[event.node] = event.totals
+            return [] if self.missing else self._settle(event.now)
+        self._heard = event.now
         return self._advance(event.now)
+
+    def _settle(self, now: float) -> list[Instruction]:
+        """Go on once no message is under way, else ask all nodes once more.
+
+        Handling a message may send another one, to a node that has reported already. None is
+        under way when two rounds in a row give the same totals, and as many messages were
+        consumed as were sent (Mattern: Algorithms for distributed termination detection,
+        Distributed Computing 2, 1987, section 4: the four counter method). A codec that never
+        stops sending runs into the phase's patience, for which these rounds do not count.
+        """
+        sent, consumed = (sum(column) for column in zip(*self._totals.values(), strict=True))
+        if sent == consumed and self._totals == self._totals_before:
+            return self._advance(now)
+        self._totals_before, self._totals = self._totals, {}
+        self.missing = set(self._living(self.nodes))
+        return [Tell(self._living(self.nodes), Order.FINISH)]
 
     def _advance(self, now: float) -> list[Instruction]:
         if self.missing:
@@ -334,6 +356,7 @@ MOVES: dict[tuple[Seat, Order], Seat] = {
     (Seat.PREPARED, Order.LINK): Seat.LINKED,
     (Seat.LINKED, Order.START): Seat.RUNNING,
     (Seat.RUNNING, Order.FINISH): Seat.QUIET,
+    (Seat.QUIET, Order.FINISH): Seat.QUIET,
     (Seat.QUIET, Order.COLLECT): Seat.COLLECTED,
     **{(seat, Order.RELEASE): Seat.FREE for seat in Seat if seat is not Seat.FREE},
     **{(seat, Order.ABORT): Seat.FREE for seat in Seat if seat is not Seat.FREE},

@@ -300,8 +300,7 @@ class Control:
             await node.part.trained()
             self.report(Report.TRAINED, job_id)
         elif order is Order.FINISH:
-            await node.part.quiet()
-            self.report(Report.QUIET, job_id)
+            self.report(Report.QUIET, job_id, **await node.part.quiet())
         elif order is Order.COLLECT:
             facts = await node.part.collect(weights=bool(content.get("weights")))
             self.report(Report.COLLECTED, job_id, **facts)

@@ -146,10 +146,11 @@ class Part:
         if self.node >= 0:
             await self.session.trained()
 
-    async def quiet(self) -> None:
-        """Wait until all that we sent was handled."""
+    async def quiet(self) -> dict[str, int]:
+        """Wait until all that we sent was handled; return our totals of messages."""
         assert self.session is not None
-        await self.session.quiet()
+        sent, consumed = await self.session.quiet()
+        return {"sent": sent, "consumed": consumed}
 
     async def collect(self, *, weights: bool) -> dict[str, Any]:
         """Finish the session; return (and keep) all that the run leaves on this node."""

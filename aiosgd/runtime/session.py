@@ -35,10 +35,13 @@ class Transport(Protocol):
 
     Attributes:
         bytes_sent, bytes_received: of messages, headers included.
+        messages_sent, messages_consumed: to and from all nodes, this one included.
     """
 
     bytes_sent: int
     bytes_received: int
+    messages_sent: int
+    messages_consumed: int
 
     def send(self, to: Sequence[int], content: Any) -> int:
         """Send to each node without waiting; return the bytes sent in all."""
@@ -236,9 +239,16 @@ class Session:
         """Wait until this worker has taken all its steps."""
         await self._trained.wait()
 
-    async def quiet(self) -> None:
-        """Wait until everything that this node has sent was handled by its receivers."""
-        await self.place.transport.room(0)
+    async def quiet(self) -> tuple[int, int]:
+        """Wait until everything that this node has sent was handled by its receivers.
+
+        Returns:
+            How many messages it has sent and consumed so far. Handling a message may send others:
+            the job as a whole is quiet once these totals agree and stay as they are.
+        """
+        transport = self.place.transport
+        await transport.room(0)
+        return transport.messages_sent, transport.messages_consumed
 
     async def conclude(self) -> None:
         """Apply what came in after the last step and evaluate the final weights."""

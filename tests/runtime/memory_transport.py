@@ -26,6 +26,7 @@ from aiosgd.plugins.registry import make_params
 from aiosgd.runtime import workload
 from aiosgd.runtime.config import JobConfig
 from aiosgd.runtime.frame import encode
+from aiosgd.runtime.job import Job, Phase, Report, Reported
 from aiosgd.runtime.session import Evaluation, Place, Progress, Session
 from aiosgd.runtime.workload import Workload
 
@@ -130,6 +131,7 @@ class MemoryTransport:
     def __init__(self, node: int, network: Network) -> None:
         self.node = node
         self.bytes_sent = self.bytes_received = 0
+        self.messages_sent = self.messages_consumed = 0
         self.outstanding: Counter[int] = Counter()
         self.peak = 0
         self.steps: Counter[int] = Counter()
@@ -143,6 +145,7 @@ class MemoryTransport:
         snapshot = b"".join(frame.buffers)
         for node in to:
             self.steps[content[1]] += 1
+            self.messages_sent += 1
             peer = self._network.transports[node]
             if peer is not self:
                 self.outstanding[node] += 1
@@ -163,6 +166,7 @@ class MemoryTransport:
         self.deliver(sender, content)
 
     def consumed(self, sender: int) -> None:
+        self.messages_consumed += 1
         if sender == self.node:
             return
         assert self._unconsumed[sender] > 0, f"node {self.node} consumes what {sender} never sent"
@@ -360,6 +364,13 @@ async def _live(outcome: Outcome, fails: bool) -> None:
 async def _finish(outcome: Outcome) -> None:
     sessions = outcome.sessions
     await asyncio.gather(*(sessions[node].trained() for node in outcome.workers))
-    while not outcome.network.is_idle:
-        await asyncio.gather(*(session.quiet() for session in sessions.values()))
+    job = Job(outcome.workers, [node for node in sessions if node < 0], phase=Phase.RUNNING)
+    job.missing = set(outcome.workers)
+    for node in outcome.workers:
+        job.handle(Reported(node, Report.TRAINED, 0))
+    while job.phase is Phase.FINISHING:
+        totals = await asyncio.gather(*(session.quiet() for session in sessions.values()))
+        for node, total in zip(sessions, totals, strict=True):
+            job.handle(Reported(node, Report.QUIET, 0, totals=total))
+    assert outcome.network.is_idle
     await asyncio.gather(*(session.conclude() for session in sessions.values()))

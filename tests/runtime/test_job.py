@@ -59,7 +59,7 @@ def at(phase: Phase) -> Job:
     for stage, report in ROAD:
         if one.phase is phase or one.phase is not stage:
             break
-        for node in NODES:
+        for node in NODES * (2 if report is Report.QUIET else 1):
             one.handle(Reported(node, report, 0))
     assert one.phase is phase
     return one
@@ -100,6 +100,10 @@ def test_a_job_goes_through_its_phases_in_order():
     for (phase, report), (_, following) in itertools.pairwise([*ROAD, (None, None)]):
         assert one.phase is phase
         reporting = (0, 1) if phase is Phase.RUNNING else NODES
+        if phase is Phase.FINISHING:
+            for node in reporting:
+                again = one.handle(Reported(node, report, 0))
+            assert again == [Tell(NODES, Order.FINISH)]
         for node in reporting[:-1]:
             assert one.handle(Reported(node, report, 0)) == []
         instructions = one.handle(Reported(reporting[-1], report, 0))
@@ -171,10 +175,45 @@ def test_stopping_ends_even_if_nobody_answers():
 def test_a_phase_without_answers_fails_and_names_who_is_missing(phase):
     one = at(phase)
     one.handle(Reported(0, STAGES[phase].awaited, 1.0))
-    assert one.handle(Tick(STAGES[phase].patience + 0.9)) == []
-    one.handle(Tick(STAGES[phase].patience + 1.0))
+    heard = 0.0 if phase is Phase.FINISHING else 1.0
+    assert one.handle(Tick(STAGES[phase].patience + heard - 0.1)) == []
+    one.handle(Tick(STAGES[phase].patience + heard))
     assert one.phase is Phase.STOPPING
     assert "server -1, worker 1" in one.error
+
+
+def finish_round(one, totals, now=0.0):
+    for node, total in zip(NODES, totals, strict=True):
+        instructions = one.handle(Reported(node, Report.QUIET, now, totals=total))
+    return instructions
+
+
+def test_a_job_is_quiet_when_no_message_is_under_way():
+    one = at(Phase.FINISHING)
+    ask_again = [Tell(NODES, Order.FINISH)]
+    assert finish_round(one, [(5, 4), (2, 3), (3, 2)]) == ask_again  # one is under way
+    assert finish_round(one, [(5, 4), (2, 3), (3, 3)]) == ask_again  # it was handled since
+    assert finish_round(one, [(6, 5), (2, 3), (3, 3)]) == ask_again  # and led to another
+    assert finish_round(one, [(6, 5), (2, 3), (3, 3)])[0] == Enter(Phase.COLLECTING)
+
+
+def test_equal_totals_do_not_make_a_job_quiet_while_messages_are_under_way():
+    one = at(Phase.FINISHING)
+    for _ in range(3):
+        finish_round(one, [(5, 4), (2, 3), (3, 2)])
+    assert one.phase is Phase.FINISHING
+
+
+def test_a_codec_that_never_stops_sending_ends_the_job():
+    one = at(Phase.FINISHING)
+    patience = STAGES[Phase.FINISHING].patience
+    for i in range(100):
+        finish_round(one, [(i, i), (i, i), (i, i)], now=i * patience / 100)
+        one.handle(Tick(i * patience / 100))
+    assert one.phase is Phase.FINISHING
+    one.handle(Tick(patience))
+    assert one.phase is Phase.STOPPING
+    assert "finishing" in one.error
 
 
 def test_training_may_take_for_ever():
