@@ -1,5 +1,6 @@
 """The front door tells the truth: its code runs, its commands and options exist."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_every_command_and_option_exists(words):
 
 @pytest.mark.parametrize("words", [w for w in commands() if "--set" in w], ids=" ".join)
 def test_every_set_is_accepted(words):
-    sets = [value for flag, value in zip(words, words[1:], strict=False) if flag == "--set"]
+    sets = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
     assert make_job({}, sets)
 
 

@@ -81,7 +81,8 @@ class _Received(NamedTuple):
 class _Inbox:
     """Cuts the received bytes into frames.
 
-    Invariant: while a large body is being received, nothing is staged.
+    Invariant: while a large body is being received, nothing is staged, so that the metadata stays
+    where it is.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -129,8 +130,7 @@ class _Inbox:
 
     def _begin_large(self, header: Header) -> None:
         staged = self._end - self._start - HEADER_SIZE - header.metadata_size
-        frame = self._take(header, staged)
-        self._large = frame._replace(metadata=bytes(frame.metadata))
+        self._large = self._take(header, staged)
         self._filled = staged
         self._start = self._end = 0
 

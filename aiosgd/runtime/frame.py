@@ -242,7 +242,7 @@ class _Encoder:
 
     def _array(self, value: npt.NDArray[Any]) -> Any:
         dtype = _wire_dtype(value.dtype)
-        array = np.asarray(value, dtype, order="C")
+        array = np.asarray(value, dtype)
         if array.nbytes < INLINE_BELOW and dtype in _INLINE:
             return _inline(array)
         offset = self._append(array)
@@ -254,7 +254,7 @@ class _Encoder:
         padding = -self._end % ALIGNMENT
         if padding:
             self._bodies.append(_PADDING[:padding])
-        if array.nbytes:
+        if array.nbytes:  # reshape copies what is not contiguous, and only that
             self._bodies.append(array.reshape(-1).view(np.uint8).data)
         offset = self._end + padding
         self._end = offset + array.nbytes

@@ -435,6 +435,7 @@ async def test_close_delivers_what_was_queued_and_both_ends_are_told_once():
     assert await b.content() == "last"
     assert await a.closed is None
     assert await b.closed is None
+    assert a.link._linger.cancelled()
     with pytest.raises(PeerLostError, match="closed"):
         b.link.send(encode(1))
 
@@ -556,6 +557,33 @@ async def test_a_peer_that_dies_within_a_frame_is_lost(cut):
     theirs.send(data[:cut])
     theirs.close()
     assert is_closed_with(await end.closed, PeerLostError, "middle of a frame")
+
+
+@on_both_loops
+async def test_an_end_while_we_still_send_is_a_loss():
+    end, theirs = await end_and_socket()
+    with theirs:
+        end.link.send(encode(np.ones(1 << 20)))
+        await turns()
+        theirs.shutdown(socket.SHUT_WR)
+        while not end.link.is_closed:
+            await turns(1)
+        with pytest.raises(PeerLostError, match="frames on their way"):
+            end.link.send(encode(1))
+    assert is_closed_with(await end.closed, PeerLostError, "frames on their way")
+
+
+@on_both_loops
+async def test_what_waits_stays_out_of_the_transport():
+    """A transport copies what it keeps; urgent frames could not overtake it either."""
+    end, theirs = await end_and_socket()
+    with theirs:
+        end.link.send(encode(np.ones(1 << 20)))
+        await turns(50)
+        assert end.link.queued > 4 * connection.SLICE
+        assert end.link._transport.get_write_buffer_size() <= connection.SLICE
+        end.link.abort()
+    await end.closed
 
 
 @on_both_loops
@@ -1101,15 +1129,28 @@ async def test_a_lost_peer_may_come_back():
     a.mesh.add(1, x.link)
     a.mesh.send([1], "again")
     assert await y.content() == "again"
+    y.link.send(encode(1))
+    await a.messages.get()
+    a.mesh.consumed(1)
+    assert (await y.frames.get())[:2] == (Kind.CREDIT, 1)
+
+
+@on_both_loops
+async def test_close_returns_the_credits_that_are_owed(monkeypatch):
+    monkeypatch.setattr(connection, "CREDIT_DELAY", 3600)
+    a, b = await nodes(2, eager=False)
+    b.mesh.send([0], 1)
+    await a.messages.get()
+    quiet = asyncio.ensure_future(b.mesh.quiet())
+    a.mesh.consumed(1)
+    a.mesh.close()
+    await quiet
+    await b.losses.get()
 
 
 @on_both_loops
 async def test_close_ends_all_links_in_order_and_says_nothing_here():
-    a, b, c = await nodes(3, eager=False)
-    b.mesh.send([0], 1)
-    await a.messages.get()
-    a.mesh.consumed(1)
-    waiting = asyncio.ensure_future(b.mesh.quiet())
+    a, b, c = await nodes(3)
     a.mesh.send([1, 2], np.ones(1 << 20))
     stuck = asyncio.ensure_future(a.mesh.quiet())
     await asyncio.sleep(0)
@@ -1118,7 +1159,6 @@ async def test_close_ends_all_links_in_order_and_says_nothing_here():
     a.mesh.close()
     with pytest.raises(PeerLostError, match="closed"):
         await stuck
-    await waiting  # its credit was still returned
     for node in (b, c):
         assert (await node.messages.get())[1].sum() == 1 << 20
         _, reason = await node.losses.get()

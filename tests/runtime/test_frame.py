@@ -183,14 +183,17 @@ def test_subclasses_arrive_as_their_base():
     class Colour(enum.IntEnum):
         RED = 3
 
-    class Word(enum.StrEnum):
-        YES = "yes"
+    class Word(str):
+        __slots__ = ()
+
+        def __str__(self):
+            return "no"
 
     class Pair(NamedTuple):
         a: int
         b: int
 
-    content = [Colour.RED, Word.YES, Pair(1, 2), collections.Counter("aab")]
+    content = [Colour.RED, Word("yes"), Pair(1, 2), collections.Counter("aab")]
     received = round_trip(content)
     assert same(received, [3, "yes", (1, 2), {"a": 2, "b": 1}])
 
@@ -295,6 +298,11 @@ def test_a_circular_list_is_refused():
         encode(circle)
 
 
+def test_many_tuples_side_by_side_arrive():
+    content = [(i, (i,)) for i in range(100)]
+    assert same(round_trip(content), content)
+
+
 NESTS = [lambda x: [x], lambda x: (x,), lambda x: {"k": x}]
 
 
@@ -373,6 +381,9 @@ BAD = {
     "tuple that is no list": message(msgpack.packb(msgpack.ExtType(0x54, b"\x01"))),
     "scalar of the wrong size": message(
         msgpack.packb(msgpack.ExtType(0x53, msgpack.packb(("float32", b"123"))))
+    ),
+    "scalar with too much": message(
+        msgpack.packb(msgpack.ExtType(0x53, msgpack.packb(("float32", b"12345678"))))
     ),
     "scalar of unknown dtype": message(
         msgpack.packb(msgpack.ExtType(0x53, msgpack.packb(("O", b"12345678"))))
