@@ -132,7 +132,6 @@ class _Inbox:
         staged = self._end - self._start - HEADER_SIZE - header.metadata_size
         self._large = self._take(header, staged)
         self._filled = staged
-        self._start = self._end = 0
 
     def _take(self, header: Header, staged: int) -> _Received:
         """Take a frame out of the staging buffer, with the `staged` bytes of body there are."""

@@ -911,6 +911,18 @@ async def test_what_a_node_sends_to_itself_arrives_as_at_others():
 
 
 @on_both_loops
+async def test_a_mesh_counts_messages_with_those_to_itself():
+    a, b = await nodes(2, consume=True)
+    for i in range(3):
+        a.mesh.send([0, 1], i)
+    for node in (a, b):
+        for _ in range(3):
+            await node.messages.get()
+    assert (a.mesh.messages_sent, a.mesh.messages_consumed) == (6, 3)
+    assert (b.mesh.messages_sent, b.mesh.messages_consumed) == (0, 3)
+
+
+@on_both_loops
 async def test_a_refused_send_sends_nothing():
     a, b = await nodes(2)
     with pytest.raises(LocalProtocolError, match="node 7"):

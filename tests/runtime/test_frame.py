@@ -394,6 +394,7 @@ BAD = {
     "crafted dtype": message(inline(type="<f4,<f4")),
     "big-endian": message(inline(type=">f4")),
     "inline too short": message(inline(data=b"1234")),
+    "inline too long": message(inline(data=b"123456789")),
     "inline data no bytes": message(inline(data="12345678")),
     "inline with a kind": message(inline(kind=b"V")),
     "inline without shape": message(inline(shape=...)),
