@@ -33,7 +33,7 @@ def submit(cluster: str | Path | Cluster, **options: Any) -> Result:
 def wait_for(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end, in a thread of its own if this one already has a loop.
 
-    KeyboardInterrupt cancels it, and is raised when it has ended.
+    What interrupts the wait, such as KeyboardInterrupt, cancels it and is raised when it has ended.
     """
     try:
         asyncio.get_running_loop()
@@ -55,6 +55,7 @@ def _wait_for_thread(work: Coroutine[Any, Any, T]) -> T:
         outcome = thread.submit(asyncio.run, cancellable())
         try:
             return outcome.result()
-        except KeyboardInterrupt:
-            begun.result()()
+        except BaseException:
+            if not outcome.done():  # it is this wait that was interrupted
+                begun.result()()
             raise

@@ -1,4 +1,4 @@
-"""Links between nodes: one connection that carries frames, and the mesh of all links of a job.
+"""A link: one connection that carries frames.
 
 What makes a link as fast as a bare socket: the kernel writes a large body straight into the place
 where its arrays stay (`BufferedProtocol`), bodies are sent by reference, and they are handed over
@@ -8,17 +8,14 @@ in slices while nothing is left unsent, so that no layer in between copies or qu
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from aiosgd.errors import (
     ClusterError,
-    LocalProtocolError,
     PeerLostError,
     RemoteProtocolError,
 )
@@ -35,7 +32,6 @@ from aiosgd.runtime.frame import (
     allocate,
     decode,
     decode_header,
-    encode,
 )
 
 STAGING_SIZE = HEADER_SIZE + MAX_METADATA
@@ -52,18 +48,7 @@ BURST = 16
 LINGER = 5.0
 """Seconds that a closing link waits for the peer's end: the deadline of every phase."""
 
-HEARTBEAT = 1.0
-"""Seconds without anything to send after which a link sends a PING."""
-DEAD_AFTER = 5.0
-"""Seconds of silence after which a peer is lost: four missed heartbeats are no coincidence, and a
-network that heals within that time costs nothing."""
-CREDIT_DELAY = 0.05
-"""Seconds that a credit may wait for a message to travel with: far below any timeout, yet long
-enough to spare most frames of their own."""
-
 _NO_BODY = allocate(0)
-_MAX_NUMBER = 0xFFFF
-_PING = encode(None, Kind.PING)
 
 FrameHandler: TypeAlias = "Callable[[Link, Kind, int, Any, int], None]"
 ClosedHandler: TypeAlias = "Callable[[Link, Exception | None], None]"
@@ -522,282 +507,3 @@ def _cause(error: Exception) -> str:
 
 def _format_address(name: Any) -> str:
     return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "a socket pair")
-
-
-# All links of a job --------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Peer:
-    """A living peer; counts of MESSAGE frames.
-
-    Attributes:
-        outstanding: sent by us, and the peer has not said that it consumed them.
-        unconsumed: received, and the session has not consumed them.
-        owed: consumed, and the peer has not been told.
-    """
-
-    link: Link
-    outstanding: int = 0
-    unconsumed: int = 0
-    owed: int = 0
-
-
-class Mesh:
-    """The links of one job on one node: the transport that a session sees.
-
-    A message counts as outstanding until the receiver's session has consumed it, which a CREDIT
-    frame tells. `send` never waits; who must not run ahead awaits `room` first.
-
-    Args:
-        node: this node's id; what is sent to it is delivered here, with a receiver's view of it.
-        deliver: called as (sender, content, size in bytes) for each message.
-        lost: called once as (peer, reason) when a peer is gone, unless `close` was called.
-        eager_credit: return credits at the end of the loop's turn (somebody waits for them);
-            otherwise they travel with the next message to that peer, or alone after 50 ms.
-
-    Attributes:
-        bytes_sent, bytes_received: totals of MESSAGE frames on the wire, headers included.
-        messages_sent, messages_consumed: totals, with what this node sends to itself.
-    """
-
-    def __init__(
-        self,
-        node: int,
-        deliver: Callable[[int, Any, int], None],
-        lost: Callable[[int, Exception], None],
-        eager_credit: bool,
-    ) -> None:
-        self.node = node
-        self.bytes_sent = self.bytes_received = 0
-        self.messages_sent = self.messages_consumed = 0
-        self._deliver = deliver
-        self._lost = lost
-        self._eager_credit = eager_credit
-        self._loop = asyncio.get_running_loop()
-        self._peers: dict[int, _Peer] = {}
-        self._gone: set[int] = set()
-        self._closed = False
-        self._credit_handle: asyncio.Handle | None = None
-        self._waiters: dict[asyncio.Future[None], int] = {}  # -> the window it waits for
-        self._last_beat = self._loop.time()
-
-    def __repr__(self) -> str:
-        return f"<Mesh of node {self.node}, peers {sorted(self._peers)}>"
-
-    @property
-    def peers(self) -> Collection[int]:
-        """Ids of the living peers."""
-        return self._peers.keys()
-
-    def add(self, peer: int, link: Link) -> None:
-        """Take a link over; frames that it kept until now are delivered.
-
-        Raises:
-            LocalProtocolError: there is a link to that peer already, or the mesh is closed.
-            PeerLostError: the link is closed.
-        """
-        if self._closed or peer in self._peers or peer == self.node:
-            raise LocalProtocolError(f"{self} cannot add peer {peer}")
-        if link.is_closed:
-            raise PeerLostError(f"node {peer} is lost: {link} is closed")
-        self._gone.discard(peer)
-        self._peers[peer] = _Peer(link)
-        link.last_heard = self._loop.time()  # heartbeats are owed from now on
-        link.on_closed = functools.partial(self._link_closed, peer)
-        link.on_frame = functools.partial(self._receive, peer)
-
-    def send(self, to: Sequence[int], content: Any) -> int:
-        """Encode `content` once and send it to each node of `to`; nothing is sent on an error.
-
-        Returns:
-            The bytes that go over the wire; what this node sends to itself does not.
-
-        Raises:
-            LocalProtocolError: content that cannot be encoded, or an unknown peer.
-            PeerLostError: a peer that was lost; the message names it.
-        """
-        for node in to:
-            self._check_target(node)
-        frame = encode(content)
-        size = sum(self._send_frame(node, frame) for node in to)
-        self.bytes_sent += size
-        return size
-
-    def _check_target(self, node: int) -> None:
-        peer = self._peers.get(node)
-        if node == self.node or (peer is not None and not peer.link.is_closed):
-            return
-        if peer is not None or node in self._gone:
-            raise PeerLostError(f"node {node} is lost; nothing can be sent to it")
-        raise LocalProtocolError(f"{self} cannot send to node {node}: it is no peer")
-
-    def _send_frame(self, node: int, frame: Encoded) -> int:
-        self.messages_sent += 1
-        if node == self.node:
-            self._loop.call_soon(self._deliver_here, frame.received(), frame.size)
-            return 0
-        peer = self._peers[node]
-        _return_credit(peer)
-        peer.outstanding += 1
-        peer.link.send(frame)
-        return frame.size
-
-    def _deliver_here(self, content: Any, size: int) -> None:
-        if not self._closed:
-            self._deliver(self.node, content, size)
-
-    def _receive(
-        self, sender: int, link: Link, kind: Kind, number: int, content: Any, size: int
-    ) -> None:
-        peer = self._peers[sender]
-        if kind is Kind.MESSAGE:
-            peer.unconsumed += 1
-            self.bytes_received += size
-            self._deliver(sender, content, size)
-        elif kind is Kind.CREDIT:
-            self._take_credit(peer, number)
-        elif kind is not Kind.PING:
-            raise RemoteProtocolError(f"node {sender} sent a {kind.name} frame within a job")
-
-    # Flow control
-
-    def _take_credit(self, peer: _Peer, count: int) -> None:
-        if count > peer.outstanding:
-            raise RemoteProtocolError(
-                f"credit for {count} messages, but {peer.outstanding} are outstanding"
-            )
-        peer.outstanding -= count
-        fullest = self._fullest()
-        for waiter, window in self._waiters.items():
-            if fullest <= window and not waiter.done():
-                waiter.set_result(None)
-
-    def consumed(self, sender: int) -> None:
-        """Note that the session has handled one message of `sender`.
-
-        Raises:
-            LocalProtocolError: it has handled all of them before.
-        """
-        peer = self._peers.get(sender)
-        if peer is None and (sender == self.node or sender in self._gone or self._closed):
-            self.messages_consumed += 1
-            return
-        if peer is None or not peer.unconsumed:
-            raise LocalProtocolError(f"{self} has no message of node {sender} to consume")
-        self.messages_consumed += 1
-        peer.unconsumed -= 1
-        peer.owed += 1
-        if self._credit_handle is None:
-            self._credit_handle = (
-                self._loop.call_soon(self._return_credits)
-                if self._eager_credit
-                else self._loop.call_later(CREDIT_DELAY, self._return_credits)
-            )
-
-    def _return_credits(self) -> None:
-        self._credit_handle = None
-        for peer in self._peers.values():
-            _return_credit(peer)
-
-    async def room(self, window: int) -> None:
-        """Wait until every living peer has at most `window` outstanding messages.
-
-        Raises:
-            PeerLostError: a peer was lost meanwhile; the message names it.
-        """
-        while self._fullest() > window:
-            waiter = self._loop.create_future()
-            self._waiters[waiter] = window
-            try:
-                await waiter
-            finally:
-                del self._waiters[waiter]
-
-    async def quiet(self) -> None:
-        """Wait until every living peer has consumed all that was sent; raises as `room`."""
-        await self.room(0)
-
-    def _fullest(self) -> int:
-        return max((peer.outstanding for peer in self._peers.values()), default=0)
-
-    # Life
-
-    def _link_closed(self, peer: int, link: Link, reason: Exception | None) -> None:
-        self._lose(peer, reason or PeerLostError(f"node {peer} closed its link"))
-
-    def _lose(self, peer: int, reason: Exception) -> None:
-        link = self._peers.pop(peer).link
-        self._gone.add(peer)
-        link.on_frame = link.on_closed = _ignore
-        link.abort(reason)
-        error = PeerLostError(f"node {peer} is lost: {reason}")
-        error.__cause__ = reason
-        self._fail_waiters(error)
-        self._lost(peer, reason)
-
-    def _fail_waiters(self, error: PeerLostError) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_exception(error)
-
-    async def watch(self) -> None:
-        """Send heartbeats and notice silent peers, until cancelled."""
-        while True:
-            await asyncio.sleep(HEARTBEAT)
-            self.beat(self._loop.time())
-
-    def beat(self, now: float) -> None:
-        """Do what one heartbeat asks for at the loop's time `now`."""
-        for peer in self.silent(now):
-            silence = now - self._peers[peer].link.last_heard
-            self._lose(peer, PeerLostError(f"node {peer} has been silent for {silence:.1f} s"))
-        for peer in self.idle():
-            self._peers[peer].link.send(_PING, urgent=True)
-        self._last_beat = now
-
-    def silent(self, now: float) -> list[int]:
-        """Return the peers that count as lost at `now`.
-
-        After a late beat nobody does: it was this node that slept, and what the peers sent
-        meanwhile is still unread.
-        """
-        if now - self._last_beat > 2 * HEARTBEAT:
-            return []
-        return [i for i, peer in self._peers.items() if now - peer.link.last_heard > DEAD_AFTER]
-
-    def idle(self) -> list[int]:
-        """Return the peers that have got nothing since the last beat, and for which none waits."""
-        return [
-            i
-            for i, peer in self._peers.items()
-            if not (peer.link.is_closed or peer.link.queued)
-            and peer.link.last_sent <= self._last_beat
-        ]
-
-    def close(self) -> None:
-        """End all links in order, once everything queued has left; `lost` is not called."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._credit_handle is not None:
-            self._credit_handle.cancel()
-        self._return_credits()
-        self._fail_waiters(PeerLostError(f"{self} was closed"))
-        for peer in self._peers.values():
-            peer.link.on_frame = peer.link.on_closed = _ignore
-            peer.link.close()
-        self._gone.update(self._peers)
-        self._peers.clear()
-
-
-def _return_credit(peer: _Peer) -> None:
-    """Tell the peer how many of its messages were consumed since the last time."""
-    while peer.owed and not peer.link.is_closed:
-        count = min(peer.owed, _MAX_NUMBER)
-        peer.link.send(encode(None, Kind.CREDIT, count), urgent=True)
-        peer.owed -= count
-
-
-def _ignore(*_: Any) -> None:
-    """Handle a frame or the end of a link that nobody waits for any more."""

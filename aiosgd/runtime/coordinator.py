@@ -30,7 +30,7 @@ from aiosgd.plugins.kinds import TRACKERS
 from aiosgd.plugins.registry import describe, make_params
 from aiosgd.runtime import config, results, workload
 from aiosgd.runtime.config import Address, JobConfig
-from aiosgd.runtime.connection import Link, Mesh
+from aiosgd.runtime.connection import Link
 from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import (
     ENDS,
@@ -52,6 +52,7 @@ from aiosgd.runtime.job import (
     Verdict,
     node_name,
 )
+from aiosgd.runtime.mesh import Mesh
 from aiosgd.runtime.results import EVAL, TRAIN, Rows, Summary
 from aiosgd.runtime.session import Evaluation, Progress
 from aiosgd.runtime.workload import Workload

@@ -10,9 +10,8 @@ from aiosgd import __version__
 from aiosgd.errors import ClusterError, RemoteProtocolError
 from aiosgd.runtime.config import Address
 from aiosgd.runtime.connection import Link, connect
-from aiosgd.runtime.frame import Kind, encode
+from aiosgd.runtime.frame import WIRE_VERSION, Kind, encode
 
-WIRE_VERSION = 1
 # seconds for a connection, and again for the answer to a HELLO
 TIMEOUT = 5.0
 

@@ -18,10 +18,11 @@ import numpy as np
 from aiosgd.errors import AiosgdError, ClusterError, ConfigError, RemoteProtocolError
 from aiosgd.plugins.registry import describe
 from aiosgd.runtime.config import Address
-from aiosgd.runtime.connection import Link, Mesh, listen
+from aiosgd.runtime.connection import Link, listen
 from aiosgd.runtime.frame import Kind
 from aiosgd.runtime.hello import accept, read_hello, refuse
 from aiosgd.runtime.job import SUBMITTER, Member, Order, Report
+from aiosgd.runtime.mesh import Mesh
 from aiosgd.runtime.part import Part, Settings, check_request, first_error, store_file
 from aiosgd.runtime.session import Evaluation, Progress
 

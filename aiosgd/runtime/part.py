@@ -25,10 +25,11 @@ from aiosgd.plugins.kinds import KINDS, TRACKERS
 from aiosgd.plugins.registry import describe, make_params
 from aiosgd.runtime import config, results, workload
 from aiosgd.runtime.config import Address
-from aiosgd.runtime.connection import Link, Mesh
+from aiosgd.runtime.connection import Link
 from aiosgd.runtime.executor import Executor
 from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import node_name
+from aiosgd.runtime.mesh import Mesh
 from aiosgd.runtime.session import Evaluation, Place, Progress, Session
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
