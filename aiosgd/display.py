@@ -80,36 +80,28 @@ class Display:
     def progressed(self, progress: Progress) -> None:
         """Show a worker's progress."""
         self._progress[progress.node] = progress
-        if self._line_is_due():
+        if not self._lively and self._clock() >= self._next_line:
+            self._next_line = self._clock() + LINE_INTERVAL
             self._line(self._sentence(progress))
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Show a worker's test accuracy."""
+        """Show a worker's test accuracy from its next progress on."""
         self._evaluations[evaluation.node] = evaluation
-        if evaluation.node == 0 and self._line_is_due():
-            self._line(
-                f"{node_name(0)}: epoch {evaluation.epoch + 1}, test loss {evaluation.loss:.4f}, "
-                f"test accuracy {evaluation.accuracy:.4f}"
-            )
 
     def printed(self, node: str, text: str) -> None:
         """Show what a node on this machine printed."""
         self._line(f"{node}: {text}")
 
-    def _line_is_due(self) -> bool:
-        if self._lively or self._clock() < self._next_line:
-            return False
-        self._next_line = self._clock() + LINE_INTERVAL
-        return True
-
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _sentence(self, progress: Progress) -> str:
+        evaluation = self._evaluations.get(progress.node)
+        tested = f"test accuracy {evaluation.accuracy:.4f}, " if evaluation else ""
         return (
             f"{node_name(progress.node)}: epoch {progress.epoch + 1}, "
             f"step {progress.step}/{progress.steps}, "
-            f"loss {progress.loss:.4f}, accuracy {progress.accuracy:.4f}, "
+            f"loss {progress.loss:.4f}, accuracy {progress.accuracy:.4f}, {tested}"
             f"{progress.samples_per_s:,.0f} samples/s, {size(progress.bytes_per_s)}/s"
         )
 

@@ -444,7 +444,7 @@ def test_nodes_are_free_once_their_submitter_was_killed(
 ):
     file = write_cluster(cluster)
     submitter = start_command("submit", file, "--epochs", FOR_EVER["epochs"])
-    submitter.wait_for("running")
+    submitter.wait_for(r"step \d+/")
     submitter.signal(signal.SIGKILL)
     submitter.end()
     assert until_free(cluster, tmp_path).summary.state == "done"
@@ -468,7 +468,7 @@ def test_an_interrupted_submit_cancels_the_job(
 ):
     file = write_cluster(cluster)
     submitter = start_command("submit", file, "--epochs", FOR_EVER["epochs"])
-    submitter.wait_for("running")
+    submitter.wait_for(r"step \d+/")
     submitter.signal(number)
     assert submitter.end() == 130
     (folder,) = (tmp_path / "runs").iterdir()

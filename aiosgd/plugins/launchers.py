@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,10 +137,14 @@ async def _processes(commands: Sequence[Sequence[str]]) -> AsyncIterator[list[Pr
             processes.append(process)
         yield processes
     finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+        _terminate(processes)
         await asyncio.gather(*map(_stopped, processes))
+
+
+def _terminate(processes: Iterable[Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
 
 
 async def _stopped(process: Process) -> None:
@@ -182,12 +186,17 @@ async def _address(process: Process) -> str:
 
 @contextlib.asynccontextmanager
 async def _passed_on(nodes: Mapping[str, Process], printed: Printed) -> AsyncIterator[None]:
-    """Pass on what nodes print; a pipe that nobody empties would stop them in the end."""
+    """Pass on what nodes print, to their last words; stop them at the end of the context.
+
+    A pipe that nobody empties would stop them sooner or later.
+    """
     streams = [(name, s) for name, node in nodes.items() for s in (node.stdout, node.stderr)]
     readers = [asyncio.ensure_future(_pass_on(name, s, printed)) for name, s in streams if s]
     try:
         yield
     finally:
+        _terminate(nodes.values())
+        await asyncio.wait(readers, timeout=STOP_TIMEOUT)
         for reader in readers:
             reader.cancel()
         await asyncio.wait(readers)

@@ -116,6 +116,18 @@ async def test_what_nodes_print_is_passed_on_by_name(local, monkeypatch):
     assert heard == {(n, t) for n in ("worker 0", "server -1") for t in ("hi", "oh")}
 
 
+async def test_last_words_are_heard(local, monkeypatch):
+    scripted(
+        monkeypatch,
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit('bye')); "
+        f"{LISTENS} sys.stdout.flush(); signal.pause()",
+    )
+    heard = []
+    async with local.launch(1, 0, printed=lambda *line: heard.append(line)):
+        pass
+    assert heard == [("worker 0", "bye")]
+
+
 async def test_a_node_that_prints_without_end_is_not_held_up(local, monkeypatch):
     scripted(
         monkeypatch,

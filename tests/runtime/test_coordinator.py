@@ -111,6 +111,15 @@ async def test_a_server_takes_part(tmp_path, running):
     assert set(outcome.train.node) == {0}
 
 
+async def test_the_target_ends_training_on_all_workers_after_the_same_epoch(tmp_path, running):
+    options = {"epochs": 50, "learning_rate": 0.2, "target_accuracy": 0.6}
+    async with running() as (_, first), running() as (_, second):
+        outcome = await run_job(request(tmp_path, [first, second], **options), Silent())
+    own = [outcome.eval[outcome.eval.node == node] for node in (0, 1)]
+    assert len(own[0]) == len(own[1]) == outcome.summary.epochs < 50
+    assert own[0].accuracy[-1] >= 0.6
+
+
 # Reaching nodes -------------------------------------------------------------------------------
 
 
