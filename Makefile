@@ -11,7 +11,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --cov=aiosgd --cov-branch --cov-report= --cov-fail-under=95
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

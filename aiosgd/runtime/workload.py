@@ -157,6 +157,8 @@ def is_file_codec(name: str) -> bool:
 
 
 def _load_codec(name: str, sources: Mapping[str, Path] | None) -> type[Codec]:
+    if name.endswith(".py"):
+        raise ConfigError(f"codec {name!r} names no class; expected FILE.py:CLASS")
     if not is_file_codec(name):
         return CODECS.load(name)
     file, _, class_name = name.rpartition(":")
@@ -167,15 +169,20 @@ def _load_codec(name: str, sources: Mapping[str, Path] | None) -> type[Codec]:
 
 
 class _Source(SourceFileLoader):
-    """Reads a module from its source, never from a cache: that overlooks a change of a second."""
+    """Reads a module from its source, never from a cache: that overlooks a change of a second.
+
+    Tracebacks name the file as the user named it, wherever this machine keeps its copy.
+    """
+
+    named = ""
 
     def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
+        return self.source_to_code(self.get_data(self.path), self.named)
 
 
 def _class_from_file(path: Path, class_name: str, name: str) -> object:
     try:
-        module = _import(path)
+        module = _import(path, name.rpartition(":")[0])
     except (Exception, SystemExit) as error:
         raise PluginLoadError(f"codec {name!r} cannot be loaded: {describe(error)}") from error
     if not hasattr(module, class_name):
@@ -183,11 +190,12 @@ def _class_from_file(path: Path, class_name: str, name: str) -> object:
     return getattr(module, class_name)
 
 
-def _import(path: Path) -> ModuleType:
+def _import(path: Path, named: str) -> ModuleType:
     # dataclasses and annotations look their module up by its name: one name for each content
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     full_name = f"aiosgd_codec_{path.stem}_{digest}"
     loader = _Source(full_name, str(path))
+    loader.named = named
     spec = spec_from_loader(full_name, loader)
     assert spec is not None
     module = module_from_spec(spec)
@@ -296,6 +304,20 @@ def _server_params(job: JobConfig, codecs: Codecs) -> Any:
     if job.server_codec_params or hasattr(codecs.server_codec, "Params"):
         return make_params(codecs.server_codec, job.server_codec_params, "server_codec")
     return make_params(codecs.codec, job.codec_params, "codec")
+
+
+def _check_class(codec: type[Codec], name: str) -> None:
+    """Refuse class attributes that no job could honour: a slip there would train wrongly."""
+    if codec.exchange not in get_args(Exchange):
+        raise PluginLoadError(
+            f"codec {name!r}: exchange is {codec.exchange!r}; expected "
+            f"{' or '.join(map(repr, get_args(Exchange)))}"
+        )
+    if not codec.modes or not set(codec.modes) <= set(get_args(Mode)):
+        raise PluginLoadError(
+            f"codec {name!r}: modes is {codec.modes!r}; expected a tuple of "
+            f"{' and '.join(map(repr, get_args(Mode)))}"
+        )
 
 
 def _check_codec(job: JobConfig, codecs: Codecs) -> None:

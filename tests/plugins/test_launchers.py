@@ -82,6 +82,17 @@ async def test_a_node_that_does_not_start_is_reported_with_its_last_words(local,
             raise AssertionError("never gets here")
 
 
+async def test_one_node_that_fails_is_not_waited_for_with_the_others(local, monkeypatch):
+    scripts = {"worker-0": "import sys; sys.stdin.read()", "worker-1": "raise SystemExit('oh')"}
+    monkeypatch.setattr(
+        launchers, "_command", lambda path, **_: [sys.executable, "-c", scripts[path.name]]
+    )
+    async with asyncio.timeout(launchers.START_TIMEOUT / 2):
+        with pytest.raises(ClusterError, match="did not start: oh"):
+            async with local.launch(2, 0):
+                raise AssertionError("never gets here")
+
+
 async def test_a_node_that_never_listens_is_given_up(local, monkeypatch):
     monkeypatch.setattr(launchers, "START_TIMEOUT", 0.01)
     scripted(monkeypatch, "import sys; sys.stdin.read()")

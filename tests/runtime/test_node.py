@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import hashlib
+import threading
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 from aiosgd.errors import ClusterError, ConfigError
 from aiosgd.runtime import config, node, workload
@@ -283,25 +285,55 @@ async def test_a_peer_that_cannot_be_reached_is_named(running):
 
 async def test_a_file_is_kept_by_its_content_and_only_from_who_leads(running, tmp_path):
     data = np.arange(100, dtype=np.uint8)
-    sha256 = hashlib.sha256(data).hexdigest()
+    sha256, other = (hashlib.sha256(content).hexdigest() for content in (data, data[::-1].copy()))
     question = {**QUESTION, "files": [["x.npz", sha256, 100]]}
-    kept = tmp_path / "node-0/data/sha256" / sha256
+    folder = tmp_path / "node-0/data/sha256"
     async with (
         running() as (_, address),
         Submitter(address) as submitter,
         Submitter(address) as stranger,
     ):
         assert (await submitter.order("can_commit", **question))["missing"] == [sha256]
-        stranger.send({"order": "file", "job_id": JOB, "sha256": sha256, "data": data})
+        stranger.send({"order": "file", "job_id": JOB, "sha256": other, "data": data[::-1].copy()})
         await stranger.order("dance")
-        assert not kept.exists()
         submitter.send({"order": "file", "job_id": JOB, "sha256": sha256, "data": data})
         await submitter.order("prepare", **assignment(address))
-        assert kept.read_bytes() == data.tobytes()
-        assert [path.name for path in kept.parent.iterdir()] == [sha256]
+        assert (folder / sha256).read_bytes() == data.tobytes()
         await submitter.order("abort")
         again = await submitter.order("can_commit", OTHER_JOB, **question)
         assert again["missing"] == []
+    assert [path.name for path in folder.iterdir()] == [sha256]
+
+
+async def test_a_job_is_prepared_once_its_files_are_kept(running, monkeypatch):
+    may_store = threading.Event()
+    monkeypatch.setattr(node, "store_file", lambda *_: may_store.wait(10))
+    async with running() as (own, address), Submitter(address) as submitter:
+        await submitter.order("can_commit", **QUESTION)
+        data = np.zeros(1, np.uint8)
+        submitter.send({"order": "file", "job_id": JOB, "sha256": "0" * 64, "data": data})
+        submitter.send({"order": "prepare", "job_id": JOB, **assignment(address)})
+        assert (await submitter.order("dance"))["report"] == "refused"
+        assert own.part is None
+        may_store.set()
+        assert (await submitter.report())["report"] == "prepared"
+
+
+async def test_blas_threads_are_the_jobs_and_then_the_nodes_own_again(running):
+    def threads():
+        return [
+            pool["num_threads"]
+            for pool in threadpoolctl.threadpool_info()
+            if pool["user_api"] == "blas"
+        ]
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        async with running() as (_, address), Submitter(address) as submitter:
+            await submitter.order("can_commit", **QUESTION)
+            await submitter.order("prepare", **assignment(address, compute={"threads": 1}))
+            assert set(threads()) == {1}
+            await submitter.order("abort")
+            assert set(threads()) == {2}
 
 
 async def test_a_file_that_is_not_what_it_was_announced_as_is_refused(running, tmp_path):
