@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aiosgd.codecs.base import Codec
 from aiosgd.errors import ConfigError
-from aiosgd.plugins.kinds import LAUNCHERS
+from aiosgd.plugins.kinds import CODECS, LAUNCHERS
 from aiosgd.plugins.registry import make_params
-from aiosgd.runtime.config import Address, Cluster, JobConfig, load_cluster, make_job
-from aiosgd.runtime.coordinator import Observer, Outcome, Request, load_job, run_job
+from aiosgd.runtime.config import (
+    KINDS,
+    Address,
+    Cluster,
+    JobConfig,
+    from_dict,
+    load_cluster,
+    make_job,
+    to_dict,
+)
+from aiosgd.runtime.coordinator import Observer, Outcome, Request, code_files, load_job, run_job
+from aiosgd.runtime.toml_source import TomlSource
 from aiosgd.runtime.workload import is_file_codec, load_codecs
 
 
@@ -36,6 +49,7 @@ async def submit(
     sets: tuple[str, ...] = (),
     data_dir: str | Path | None = None,
     observer: Observer | None = None,
+    job_file: str | Path | None = None,
     **options: Any,
 ) -> Outcome:
     """Run a job on a cluster of nodes and collect its results.
@@ -45,7 +59,12 @@ async def submit(
         sets: `key.path=value` each, as `--set` takes them.
         data_dir: this machine's folder for data.
         observer: told of the job's phases and progress.
-        options: job options: `codec`, `epochs`, `learning_rate`, ….
+        job_file: path of the job.toml that an earlier run left: its options take the place of
+            the cluster's and of the defaults. A FILE.py:CLASS codec whose file is gone is taken
+            from the run's own `code/`.
+        options: job options: `codec`, `epochs`, `learning_rate`, …. A codec may also be a class
+            that is defined at the top of a file; a script that starts jobs guards its calls with
+            `if __name__ == "__main__"`, for the nodes import it.
 
     Raises:
         ConfigError, PluginError: the job is wrong; no node was spoken to.
@@ -57,7 +76,7 @@ async def submit(
     if not isinstance(cluster, Cluster):
         cluster = load_cluster(cluster)
     request = Request(
-        job=make_job(options, sets, cluster),
+        job=_make_job(options, sets, job_file, cluster),
         workers=cluster.workers,
         servers=cluster.servers,
         data_dir=Path(data_dir or default_data_dir()),
@@ -70,6 +89,7 @@ async def run(
     sets: tuple[str, ...] = (),
     data_dir: str | Path | None = None,
     observer: Observer | None = None,
+    job_file: str | Path | None = None,
     **options: Any,
 ) -> Outcome:
     """Run a job on this machine: start local nodes, submit, collect, stop them.
@@ -77,9 +97,7 @@ async def run(
     Args and errors: as `submit`. `workers` is 2 unless given; `servers` is 1 if the codec needs
     one.
     """
-    if options.get("workers") is None:
-        options["workers"] = 2
-    job = make_job(options, sets)
+    job = _make_job(options, sets, job_file, workers=2)
     workers, servers = _sizes(job)
     data_dir = Path(data_dir or default_data_dir())
     loaded = await asyncio.to_thread(load_job, job, workers, data_dir)
@@ -96,6 +114,101 @@ async def run(
             data_dir=data_dir,
         )
         return await run_job(request, observer, loaded)
+
+
+# Options ------------------------------------------------------------------------------------
+
+
+def _make_job(
+    options: Mapping[str, Any],
+    sets: Sequence[str],
+    job_file: str | Path | None,
+    cluster: Cluster | None = None,
+    **defaults: Any,
+) -> JobConfig:
+    """Combine what the caller gave with an earlier run's options or, without one, the cluster's."""
+    given = {name: value for name, value in options.items() if value is not None}
+    for kind in ("codec", "server_codec"):
+        if isinstance(given.get(kind), type):
+            given[kind] = _codec_name(given[kind], kind)
+    if job_file is None:
+        return make_job({**defaults, **given}, sets, cluster)
+    path = Path(job_file)
+    earlier = _read_job(path)
+    wanted = _merge(_still_wanted(earlier, given, sets), given)
+    cluster = cluster and dataclasses.replace(cluster, job=())
+    job = make_job({**defaults, **wanted}, sets, cluster)
+    return _with_kept_code(job, code_files(earlier), path.parent / "code")
+
+
+def _read_job(path: Path) -> JobConfig:
+    source = TomlSource(path)
+    if "job" not in source.data:
+        raise ConfigError(f"{path} has no [job]; expected the job.toml that a run left")
+    return from_dict(source.table("job"), f"{path}: job")
+
+
+def _still_wanted(
+    earlier: JobConfig, given: Mapping[str, Any], sets: Sequence[str]
+) -> dict[str, Any]:
+    """Return an earlier run's options without those of a plugin that is replaced."""
+    written = {text.partition("=")[0].strip().removeprefix("job.") for text in sets}
+    new, dropped = make_job(given, sets), set[str]()
+    for kind in KINDS:
+        if kind in written | set(given) and getattr(new, kind) != getattr(earlier, kind):
+            dropped.add(f"{kind}_params")
+            if kind == "codec":
+                dropped |= {"server_codec", "server_codec_params", "servers"}
+    return {name: value for name, value in to_dict(earlier).items() if name not in dropped}
+
+
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both, tables key by key; the new values win."""
+    merged = {**old, **new}
+    for name in old.keys() & new.keys():
+        if isinstance(old[name], Mapping) and isinstance(new[name], Mapping):
+            merged[name] = _merge(old[name], new[name])
+    return merged
+
+
+def _with_kept_code(job: JobConfig, copies: Mapping[str, str], folder: Path) -> JobConfig:
+    """Return the job with the run's copies in the place of source files that are gone."""
+    changes = {}
+    for kind in ("codec", "server_codec"):
+        path, _, class_name = (getattr(job, kind) or "").rpartition(":")
+        copy = folder / copies.get(f"{path}:{class_name}", "")
+        if path and not Path(path).is_file() and copy.is_file():
+            changes[kind] = f"{copy}:{class_name}"
+    return dataclasses.replace(job, **changes)
+
+
+def _codec_name(codec: type, option: str) -> str:
+    """Return what the job calls a codec that is given as a class.
+
+    Raises:
+        ConfigError: it is no codec, or no file has it: the nodes could not import it.
+    """
+    if not issubclass(codec, Codec):
+        raise ConfigError(f"{option} is {codec!r}; expected a name or a subclass of Codec")
+    for entry in CODECS.entries():
+        if entry.target == f"{codec.__module__}:{codec.__qualname__}":
+            return entry.name
+    name = f"{_source_file(codec)}:{codec.__qualname__}"
+    if not is_file_codec(name) or "." in codec.__qualname__:
+        raise ConfigError(
+            f"{option} {codec.__qualname__} is not defined at the top of a file, where nodes "
+            "could find it; put the class into a file or a package"
+        )
+    return name
+
+
+def _source_file(codec: type) -> str:
+    """Return the file that defines a class; empty where there is none, as in a notebook."""
+    try:
+        file = inspect.getsourcefile(codec) or ""
+    except (TypeError, OSError):
+        return ""
+    return file if Path(file).is_file() else ""
 
 
 def _sizes(job: JobConfig) -> tuple[int, int]:

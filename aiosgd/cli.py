@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
 
@@ -32,6 +32,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# a node finishes what it must within this time after SIGTERM
+STOP_WITHIN = 8.0
 
 # click's class, wherever typer has its click from
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -204,6 +207,10 @@ Sets = Annotated[
         help="A plugin's parameter: codec.turn=150, model.hidden=[128,128], optimizer.momentum=0.9",
     ),
 ]
+JobFile = Annotated[
+    Path | None,
+    typer.Option("--job", help="Options of an earlier run as defaults: its job.toml."),
+]
 DataDir = Annotated[Path | None, typer.Option(help="Folder for data sets.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
@@ -217,6 +224,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.
 def run(
     *,
     sets: Sets = None,
+    job_file: JobFile = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
     options: dict[str, Any],
@@ -226,7 +234,11 @@ def run(
 
     _run_to_end(
         lambda observer: aio.run(
-            sets=tuple(sets or ()), data_dir=data_dir, observer=observer, **options
+            sets=tuple(sets or ()),
+            job_file=job_file,
+            data_dir=data_dir,
+            observer=observer,
+            **options,
         ),
         as_json,
         "starting nodes on this machine",
@@ -240,6 +252,7 @@ def submit(
     cluster: Annotated[Path, typer.Argument(help="The cluster's nodes: cluster.toml.")],
     *,
     sets: Sets = None,
+    job_file: JobFile = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
     options: dict[str, Any],
@@ -249,7 +262,12 @@ def submit(
 
     _run_to_end(
         lambda observer: aio.submit(
-            cluster, sets=tuple(sets or ()), data_dir=data_dir, observer=observer, **options
+            cluster,
+            sets=tuple(sets or ()),
+            job_file=job_file,
+            data_dir=data_dir,
+            observer=observer,
+            **options,
         ),
         as_json,
         f"connecting to the nodes of {cluster}",
@@ -259,12 +277,27 @@ def submit(
 def _run_to_end(work: Callable[[Any], Any], as_json: bool, title: str) -> None:
     from aiosgd.display import Display
 
-    with Display(title) as display, asyncio.Runner() as runner:
-        outcome = runner.run(_interruptible(work(display)))
+    with Display(title) as display:
+        runner = asyncio.Runner()
+        try:
+            outcome = runner.run(_interruptible(work(display)))
+        except KeyboardInterrupt:  # the second one, while the first was cancelling the job
+            display.__exit__()
+            _leave_now("aiosgd: interrupted; nodes may still be stopping", 130)
+        finally:
+            runner.close()
     if as_json:
         print(json.dumps(outcome.summary.to_dict()))
     else:
         _print_outcome(outcome)
+
+
+def _leave_now(text: str, code: int) -> NoReturn:
+    """End this process at once, whatever still runs in it."""
+    import os
+
+    print(text, file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 async def _interruptible(work: Coroutine[Any, Any, Outcome]) -> Outcome:
@@ -282,7 +315,9 @@ def _print_outcome(outcome: Outcome) -> None:
     summary = outcome.summary
     metrics = summary.metrics
     if metrics:
-        print(f"test accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}")
+        own = [f["accuracy"] for f in summary.per_node.values() if "accuracy" in f]
+        others = f" (worker 0; all: {min(own):.4f} to {max(own):.4f})" if len(set(own)) > 1 else ""
+        print(f"test accuracy {metrics['accuracy']:.4f}, loss {metrics['loss']:.4f}{others}")
     print(
         f"{summary.steps} steps, {summary.samples:,} samples in {summary.train_s:.2f} s "
         f"({summary.samples_per_s:,.0f} samples/s)"
@@ -335,13 +370,14 @@ def node(
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        if not serving.done():
-            serving.cancel()
-            await asyncio.wait([serving])
+        serving.cancel()
+        _, stuck = await asyncio.wait([serving], timeout=STOP_WITHIN)
+        if stuck:  # a codec's hook does not let itself be cancelled: nothing else would end it
+            _leave_now("aiosgd: a codec's hook does not end; leaving without it", 1)
         if not serving.cancelled():
             serving.result()
 
-    _log_to_stderr()
+    _log_to_stderr(quiet=until_stdin_closes)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve())
 
@@ -389,10 +425,12 @@ def _default_data_dir() -> Path:
     return default_data_dir()
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(*, quiet: bool) -> None:
+    """Log to the terminal; a node that `run` started says only what is wrong."""
     import logging
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    level = logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=level)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -149,7 +149,8 @@ class Codec(base.Codec):
     @classmethod
     def create(cls, ctx: Context) -> base.Codec:
         """Make the actor of one node; it is named like this class, for messages."""
-        actor: _Actor = type(cls.__name__, (_Actor,), {"accepts_late": cls.accepts_late})()
+        facts = {"accepts_late": cls.accepts_late, "__module__": cls.__module__}
+        actor: _Actor = type(cls.__name__, (_Actor,), facts)()
         actor.ctx = ctx
         actor.codec = actor.within(cls, Parameter_Server if ctx.role == "server" else ctx.node)
         return actor

@@ -141,7 +141,7 @@ class Asking(legacy.Codec):
 @pytest.mark.parametrize("seed", range(5))
 async def test_each_node_of_a_process_sees_its_own_settings(seed):
     cluster = LocalCluster(Asking, workers=3, redundancy=2, mode="async", seed=seed)
-    await cluster.step({0: 0.0, 1: 0.0, 2: 0.0})
+    await cluster.run(lambda step, block: 0.0, steps=1)
     cluster.stop()
     for node, own in enumerate([[0, 1], [0, 2], [1, 2]]):
         assert cluster.codecs[node].codec.blocks == [own] * (1 + 2 * 3 + 4 + 1)
@@ -420,3 +420,19 @@ async def test_by_default_nothing_is_saved():
 
     with pytest.raises(JobFailedError, match="node 0 in step 0, node 1 in step 0"):
         await LocalCluster(Lost).step({0: [1.0], 1: [2.0]})
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+async def test_a_second_model_is_combined_as_the_codec_says_or_added(mode):
+    class Twice(legacy.Codec):
+        def update_blocks(self, block_weight):
+            self.set_result(block_weight.content)
+            self.set_result(block_weight.content, lambda old, new: 10 * old + new)
+            self.set_result(block_weight.content)
+
+    cluster = LocalCluster(Twice, mode=mode, exchange="weights")
+    assert await cluster.step({0: [1.0], 1: [2.0]}) == {0: [12.0], 1: [24.0]}
+
+
+def test_the_actor_is_of_the_codec_s_own_module():
+    assert type(Stuck.create(context())).__module__ == __name__

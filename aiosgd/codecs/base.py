@@ -22,6 +22,9 @@ on this node) and messages (what other codecs sent), answers with envelopes, and
             if len(self.blocks) == self.ctx.block_count:
                 self.set_result(mean(self.blocks))
                 self.blocks.clear()
+
+A job may name a codec as FILE.py:CLASS. That file is sent to the nodes alone, without the modules
+next to it: a codec of several modules is a package that is installed on every node.
 """
 
 from __future__ import annotations
@@ -111,7 +114,8 @@ class Envelope:
     """Something to send.
 
     Attributes:
-        to: a node id, an iterable of ids, `SERVER` or `WORKERS`.
+        to: a node id, an iterable of ids, `SERVER` or `WORKERS`. An envelope to oneself is
+            delivered like any other.
         content: anything that msgpack takes, plus numpy arrays and scalars; a tuple arrives as a
             tuple. Arrays must not be changed afterwards.
     """
@@ -140,6 +144,8 @@ class Message:
 class Context:
     """What a codec may know and use. Read-only for codecs.
 
+    Servers have all of it too, such as `block_count` and `initial`; only `blocks` is empty there.
+
     Attributes:
         node: this node's id: workers are 0 … n-1, servers -1, -2, ….
         role: `worker` or `server`.
@@ -148,6 +154,7 @@ class Context:
         server: the server that is responsible for this tensor group, if there is one.
         block_owners: for each block id, the workers that compute it, ascending.
         mode: `sync` or `async`.
+        exchange: what blocks and results are: `gradients`, `updates` or `weights`.
         steps: how many steps each worker takes in this job.
         step: the step that this node is in, numbered over the whole job from 0. On a server: the
             step of the message being handled.
@@ -164,6 +171,7 @@ class Context:
     server: int | None = None
     block_owners: tuple[tuple[int, ...], ...] = ()
     mode: Mode = "sync"
+    exchange: Exchange = "gradients"
     steps: int = 0
     step: int = 0
     params: Any = None
@@ -335,8 +343,9 @@ class Codec:
     def receive(self, message: Message) -> Hook:
         """Handle a message.
 
-        In sync mode a message of step s comes once this node is in step s; what is returned is
-        sent before the next message is handled, in both modes.
+        In sync mode a message of step s comes once this node is in step s, which may be before
+        its own `update` of that step. What is returned is sent before the next message is
+        handled, in both modes.
         """
         return _nothing()
 
@@ -354,9 +363,18 @@ class Codec:
         Args:
             value: float32 vector of the tensor group; not to be changed afterwards.
             operation: how a second call in the same step combines with the first,
-                `operation(old, new)`; addition by default.
+                `operation(old, new)`; addition by default. Weights have no default, for the sum
+                of two models is none.
+
+        Raises:
+            ValueError: a second call without `operation`, and the exchange is `weights`.
         """
         if self._done:
+            if operation is None and self.ctx.exchange == "weights":
+                raise ValueError(
+                    "a second result in one step: weights are not added; give an operation, "
+                    "such as lambda old, new: new"
+                )
             value = (operation or operator.add)(self._result, value)
         self._result = value
         self._done = True

@@ -52,6 +52,9 @@ class FedAvg(Codec):
     the job's last step, w_i = 1/n · Σ_j w_j. A worker with several blocks per step takes the mean
     over them as its own model.
 
+    A job that stops before its last step, as at its `target_accuracy`, may end without the last
+    average: each worker then ends with the newest that arrived and what it trained since.
+
     Source: McMahan, Moore, Ramage, Hampson, Agüera y Arcas: Communication-Efficient Learning of
     Deep Networks from Decentralized Data, AISTATS 2017, arXiv 1602.05629, Algorithm 1 with C = 1;
     its weights n_k/n are equal here, for all workers compute the same number of samples.

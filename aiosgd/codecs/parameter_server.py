@@ -84,7 +84,9 @@ class ParameterServer(Codec):
     async: Downpour SGD, Dean et al.: Large Scale Distributed Deep Networks, NIPS 2012, section 4.1.
 
     Law: the server's weights are the initial ones plus what it got, whatever the order; in async
-    mode every worker ends with them.
+    mode every worker ends with them, unless the job stops before its last step, as at its
+    `target_accuracy`: then the last exchange may be missing, and a worker ends with the newest
+    weights that arrived.
     """
 
     exchange = "updates"

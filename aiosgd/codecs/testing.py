@@ -13,6 +13,7 @@ array must not change, and messages meet a node in the step that they belong to.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 from collections import deque
@@ -22,12 +23,24 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from aiosgd.codecs.base import Array, Block, Codec, Context, Envelope, Message, Mode, envelopes
+from aiosgd.codecs.base import (
+    Array,
+    Block,
+    Codec,
+    Context,
+    Envelope,
+    Exchange,
+    Message,
+    Mode,
+    envelopes,
+)
 from aiosgd.errors import CodecError, ConfigError, JobFailedError
 from aiosgd.plugins.registry import describe, make_params
 
 Feed: TypeAlias = Callable[[int, int], Mapping[int, npt.ArrayLike]]  # worker, step -> blocks
 
+# seconds; nothing in memory is ever waited for, so a hook that takes longer waits for nothing
+HOOK_LIMIT = 10.0
 
 # types that arrive as themselves even if a subclass was sent, each with its condition
 _PLAIN: dict[type, Callable[[Any], bool]] = {
@@ -61,9 +74,11 @@ class LocalCluster:
         server_codec: what the servers run; the codec's own server half by default.
         redundancy: how many workers compute each block; every subset of that size owns one block.
         owners: for each block the workers that compute it, instead of `redundancy`.
+        exchange: what values and results are; the codec's own by default.
         params: the codec's parameters, as a job gives them.
         server_params: the server codec's, if it has its own; otherwise it gets the worker's.
-        initial: the initial weights. With them, results of another shape are refused.
+        initial: the initial weights; without them the first value says how long a result is.
+            Results of another shape are refused.
         seed: decides the order of everything, and seeds `ctx.rng`.
         fifo: whether each link keeps its order, as TCP does.
         compressor: makes each node's compressor from a random generator.
@@ -89,6 +104,7 @@ class LocalCluster:
         redundancy: int = 1,
         owners: Sequence[Sequence[int]] | None = None,
         mode: Mode = "sync",
+        exchange: Exchange | None = None,
         params: Mapping[str, Any] | None = None,
         server_params: Mapping[str, Any] | None = None,
         initial: npt.ArrayLike = (),
@@ -112,6 +128,7 @@ class LocalCluster:
         self.codecs: dict[int, Codec] = {}
         self._mode, self._fifo = mode, fifo
         self._initial = frozen(vector(initial))
+        self._size = self._initial.size  # of a result; 0: not known yet
         self._rng = np.random.default_rng(seed)
         self._feeds: list[Feed] = []
         self._blocks: dict[int, deque[Block]] = {worker: deque() for worker in self.workers}
@@ -128,6 +145,7 @@ class LocalCluster:
                 server=self.servers[0] if self.servers else None,
                 block_owners=tuple(map(tuple, owners)),
                 mode=mode,
+                exchange=exchange or codec.exchange,
                 params=theirs if node < 0 else own,
                 rng=rng,
                 initial=self._initial,
@@ -143,13 +161,17 @@ class LocalCluster:
         return f"LocalCluster({name}, {self._mode}, in steps {steps}, {pending} pending)"
 
     async def step(self, values: Mapping[int, Any]) -> dict[int, Any]:
-        """Let every worker take one step, and return worker id -> result.
+        """Let every worker take one step.
 
         Args:
-            values: worker id -> the value of each of its blocks, or block id -> value. A worker
-                that is left out hands in nothing and still waits for the result.
+            values: `{worker: value}` with one block each, `{worker: {block: value}}` otherwise.
+                A worker whose value is None hands in nothing and still waits for the result.
+
+        Returns:
+            Worker id -> result, in the order of the ids.
 
         Raises:
+            ValueError: a worker or block is missing, or there is none of that id.
             CodecError: a hook broke its contract.
             JobFailedError: nothing can happen any more, and results are missing.
         """
@@ -183,13 +205,30 @@ class LocalCluster:
 
     def begin(self, values: Mapping[int, Any]) -> None:
         """Give the workers the blocks of their next step, as `step` does; hand in none yet."""
+        if unknown := [worker for worker in values if worker not in self.workers]:
+            raise ValueError(f"values for workers {unknown}; expected {list(self.workers)}")
+        blocks = {worker: self._own(worker, values) for worker in self.workers}
+        self._extend(lambda worker, _step: blocks[worker], 1)
 
-        def feed(worker: int, _step: int) -> Mapping[int, npt.ArrayLike]:
-            value = values.get(worker, {})
-            own = self.codecs[worker].ctx.blocks
-            return value if isinstance(value, Mapping) else dict.fromkeys(own, value)
-
-        self._extend(feed, 1)
+    def _own(self, worker: int, values: Mapping[int, Any]) -> Mapping[int, npt.ArrayLike]:
+        """Return a worker's part of the values, block id -> value."""
+        own = self.codecs[worker].ctx.blocks
+        value = values.get(worker, {})
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            if len(own) == 1:
+                return {own[0]: value}
+            raise ValueError(
+                f"one value for worker {worker}, which computes blocks {list(own)}; "
+                "expected {block: value}"
+            )
+        if set(value) != set(own):
+            raise ValueError(
+                f"worker {worker} has values for blocks {list(value)}; expected {list(own)}, "
+                "or None for a worker that hands in nothing"
+            )
+        return value
 
     @property
     def pending(self) -> list[tuple[int | None, int]]:
@@ -257,6 +296,8 @@ class LocalCluster:
             Block(block, ctx.step, frozen(vector(value)), 1, ctx.shapes)
             for block, value in sorted(values.items())
         )
+        if self._blocks[worker]:
+            self._size = self._size or self._blocks[worker][0].value.size
 
     def _places(self, sender: int, to: int) -> list[int]:
         """Return the places in a link of those messages that may be the next."""
@@ -292,13 +333,16 @@ class LocalCluster:
 
     async def _call(self, node: int, hook: str, step: int, *args: Block | Message) -> None:
         codec = self.codecs[node]
+        timeout = asyncio.timeout(HOOK_LIMIT)
         try:
-            async for envelope in envelopes(getattr(codec, hook)(*args)):
-                self._send(node, step, envelope)
-        except Exception as error:
+            async with timeout:
+                async for envelope in envelopes(getattr(codec, hook)(*args)):
+                    self._send(node, step, envelope)
+        except (Exception, SystemExit) as error:
+            late = f"has not returned within {HOOK_LIMIT:g} s"
+            why = late if timeout.expired() else describe(error)
             raise CodecError(
-                f"codec {type(codec).__name__}: {hook} failed on node {node} in step {step}: "
-                f"{describe(error)}"
+                f"codec {type(codec).__name__}: {hook} failed on node {node} in step {step}: {why}"
             ) from error
         if self._stepwise(node):
             if codec.is_done:
@@ -316,7 +360,7 @@ class LocalCluster:
     def _advance(self, worker: int) -> None:
         """Take the worker's result, if there is one, and let it enter the next step."""
         codec = self.codecs[worker]
-        result, expected = None, self._initial.shape
+        result, expected = None, (self._size,)
         if codec.is_done:
             result = codec.take_result()
             if expected != (0,) and np.shape(result) != expected:
@@ -324,7 +368,8 @@ class LocalCluster:
                     f"codec {type(codec).__name__} on node {worker} in step {codec.ctx.step}: "
                     f"set_result got shape {np.shape(result)}; expected {expected}"
                 )
-        self.results[codec.ctx.step][worker] = result
+        results = {**self.results[codec.ctx.step], worker: result}
+        self.results[codec.ctx.step] = dict(sorted(results.items()))
         codec.ctx.step += 1
         self._load(worker)
 

@@ -52,6 +52,7 @@ class Launcher(ABC):
         workers: int,
         servers: int,
         *,
+        data_dir: Path | None = None,
         allow_code: bool = False,
         printed: Printed = ignore,
     ) -> AbstractAsyncContextManager[Launched]:
@@ -59,6 +60,7 @@ class Launcher(ABC):
 
         Args:
             workers, servers: how many of each.
+            data_dir: where the nodes keep data; None: where nodes usually do.
             allow_code: whether the nodes take codecs as source code.
             printed: told each line that a node prints, with the node's name.
 
@@ -85,6 +87,7 @@ class Local(Launcher):
         workers: int,
         servers: int,
         *,
+        data_dir: Path | None = None,
         allow_code: bool = False,
         printed: Printed = ignore,
     ) -> AsyncIterator[Launched]:
@@ -94,7 +97,8 @@ class Local(Launcher):
         ]
         with self._folder() as run_dir:
             commands = [
-                _command(run_dir / name.replace(" ", "-"), allow_code=allow_code) for name in names
+                _command(run_dir / name.replace(" -", " ").replace(" ", "-"), data_dir, allow_code)
+                for name in names
             ]
             async with _processes(commands) as processes:
                 addresses = await _addresses(processes)
@@ -110,13 +114,14 @@ class Local(Launcher):
             yield Path(folder)
 
 
-def _command(run_dir: Path, *, allow_code: bool) -> list[str]:
+def _command(run_dir: Path, data_dir: Path | None, allow_code: bool) -> list[str]:
     command = [
         sys.executable,
         "-P",  # the current folder may hold files that are called like somebody's modules
         *("-m", "aiosgd", "node", "--port", "0", "--run-dir", str(run_dir)),
         "--until-stdin-closes",  # so that no node outlives us, however we end
     ]
+    command += ["--data-dir", str(data_dir)] if data_dir else []
     return [*command, "--allow-code"] if allow_code else command
 
 
@@ -137,14 +142,15 @@ async def _processes(commands: Sequence[Sequence[str]]) -> AsyncIterator[list[Pr
             processes.append(process)
         yield processes
     finally:
-        _terminate(processes)
+        _end(processes)
         await asyncio.gather(*map(_stopped, processes))
 
 
-def _terminate(processes: Iterable[Process]) -> None:
+def _end(processes: Iterable[Process]) -> None:
+    """Close the nodes' standard input, which ends them: no race with those that have ended."""
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 async def _stopped(process: Process) -> None:
@@ -195,7 +201,7 @@ async def _passed_on(nodes: Mapping[str, Process], printed: Printed) -> AsyncIte
     try:
         yield
     finally:
-        _terminate(nodes.values())
+        _end(nodes.values())
         await asyncio.wait(readers, timeout=STOP_TIMEOUT)
         for reader in readers:
             reader.cancel()

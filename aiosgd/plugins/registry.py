@@ -121,14 +121,23 @@ class Registry(Generic[T]):
         """Return `plugin` if it is a usable class of this kind, or raise PluginLoadError."""
         expected = f"{self.base.__module__}.{self.base.__qualname__}"
         if not (isinstance(plugin, type) and issubclass(plugin, self.base)):
-            raise PluginLoadError(f"{origin} is {plugin!r}; expected a subclass of {expected}")
+            raise PluginLoadError(
+                f"{origin} is {_named(plugin)}; expected a subclass of {expected}"
+            )
         if inspect.isabstract(plugin):
             missing = ", ".join(sorted(getattr(plugin, "__abstractmethods__", ())))
             raise PluginLoadError(f"{origin} does not implement {missing} of {expected}")
         params = params_class(plugin)
         if not _is_frozen_dataclass(params):
-            raise PluginLoadError(f"{origin}: Params must be a frozen dataclass, not {params!r}")
+            raise PluginLoadError(
+                f"{origin}: Params must be a frozen dataclass, not {_named(params)}"
+            )
         return plugin
+
+
+def _named(thing: object) -> str:
+    # the module of a codec from a file has a name that no user has seen
+    return thing.__qualname__ if isinstance(thing, type) else repr(thing)
 
 
 def _is_frozen_dataclass(params: object) -> bool:
@@ -270,15 +279,25 @@ def _check_union(value: Any, members: Sequence[Any], place: str) -> Any:
 
 
 def type_name(annotation: Any) -> str:
-    """Return an annotation as users read it: `int`, `list of int`, `'a' or 'b'`."""
+    """Return an annotation as users read it: `a number`, `a list of numbers`, `'a' or 'b'`."""
     words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     if annotation in words:
         return words[annotation]
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (list, tuple):
-        return f"a list of {type_name(args[0])}"
+        if origin is tuple and args[-1] is not Ellipsis:
+            return f"a list of {len(args)} values"
+        return f"a list of {_plural(args[0])}"
     if origin is Literal:
         return " or ".join(map(repr, args))
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(arg) for arg in args if arg is not types.NoneType)
     return getattr(annotation, "__name__", str(annotation))
+
+
+def _plural(annotation: Any) -> str:
+    words = type_name(annotation)
+    if words.startswith("a list of "):
+        return words.replace("a list", "lists", 1)
+    singular = words in ("a whole number", "a number", "a string")
+    return f"{words.removeprefix('a ')}s" if singular else words

@@ -12,8 +12,10 @@ result the node is in the next step.
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -81,14 +83,14 @@ class Actor:
         """Let the codec prepare itself; raises CodecError."""
         try:
             self.codec.start()
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise self._broken("start", 0, error) from error
 
     def stop(self, log: Callable[[str], None]) -> None:
         """Let the codec clean up; what goes wrong there is logged, for the job has ended."""
         try:
             self.codec.stop()
-        except (Exception, SystemExit) as error:  # noqa: BLE001
+        except BaseException as error:  # noqa: BLE001
             log(str(self._broken("stop", self.ctx.step, error)))
 
     def post(self, item: Block | Message) -> None:
@@ -160,10 +162,9 @@ class Actor:
         server = self.ctx.server
         peers = self.ctx.neighbours if server is None else (server,)
         silent = [peer for peer in peers if peer not in self._senders]
-        return (
-            f"waiting for nodes: {_listed(silent) or 'nobody in particular'}; "
-            f"heard in this step from nodes: {_listed(sorted(self._senders)) or 'nobody'}"
-        )
+        waiting = f"waiting for nodes: {_listed(silent)}" if silent else "set_result was not called"
+        heard = _listed(sorted(self._senders)) or "nobody"
+        return f"{waiting}; heard in this step from nodes: {heard}"
 
     # the task
 
@@ -237,7 +238,7 @@ class Actor:
                 sent += 1
             if self.codec.is_done and (self._stepwise or not was_done):
                 self._done(step)
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+        except BaseException as error:
             if _is_not_the_codecs(error):
                 raise
             raise self._broken(hook, step, error) from error
@@ -270,7 +271,7 @@ class Actor:
     def _broken(self, hook: str, step: int, error: BaseException) -> CodecError:
         return CodecError(
             f"codec {type(self.codec).__name__}: {hook} failed on node {self.ctx.node} "
-            f"in step {step}: {describe(error)}"
+            f"in step {step}: {describe(error)}{_spot(error, type(self.codec).__module__)}"
         )
 
     def _place(self, step: int) -> str:
@@ -300,7 +301,17 @@ def _is_not_the_codecs(error: BaseException) -> bool:
     if isinstance(error, asyncio.CancelledError):
         task = asyncio.current_task()
         return task is not None and task.cancelling() > 0
-    return isinstance(error, PeerLostError)
+    return isinstance(error, PeerLostError | GeneratorExit)
+
+
+def _spot(error: BaseException, module: str) -> str:
+    """Return ` (FILE:LINE)` of the last place in a module that the error came through, if any."""
+    spots = [
+        f" ({Path(frame.f_code.co_filename).name}:{line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") == module
+    ]
+    return spots[-1] if spots else ""
 
 
 def _listed(nodes: Sequence[int]) -> str:

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 from aiosgd.errors import (
     ClusterError,
+    LocalProtocolError,
     PeerLostError,
     RemoteProtocolError,
 )
+from aiosgd.plugins.registry import describe
 from aiosgd.runtime.frame import (
     DEFAULT_LIMITS,
     HEADER_SIZE,
@@ -345,6 +347,8 @@ class Link(asyncio.BufferedProtocol):
         except RemoteProtocolError as error:
             # a new one, because the old one's traceback refers to the frame and its body
             self.abort(RemoteProtocolError(f"link to {self.address}: {error}"))
+        except Exception as error:  # noqa: BLE001 - a handler's bug ends its link, nothing else
+            self._handler_failed(error)
 
     def _receive(self, header: Header, metadata: Buffer, body: Bytes) -> None:
         content = decode(metadata, body)
@@ -365,8 +369,17 @@ class Link(asyncio.BufferedProtocol):
                 self._on_frame(self, *self._kept.popleft())
         except RemoteProtocolError as error:
             self.abort(RemoteProtocolError(f"link to {self.address}: {error}"))
+        except Exception as error:  # noqa: BLE001 - as above
+            self._handler_failed(error)
         if not self._kept and not self._closed:
             self._transport.resume_reading()
+
+    def _handler_failed(self, error: Exception) -> None:
+        self._loop.call_exception_handler(
+            {"message": f"handling a frame from {self.address} failed", "exception": error}
+        )
+        reason = f"link to {self.address}: a frame could not be handled: {describe(error)}"
+        self.abort(LocalProtocolError(reason))
 
     def eof_received(self) -> bool:
         """Close too, when the peer has closed; called by the transport."""

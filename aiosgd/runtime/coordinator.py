@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import datetime as dt
+import hashlib
 import logging
+import math
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -27,7 +30,7 @@ from aiosgd.errors import (
 )
 from aiosgd.plugins.datasets import DataFile
 from aiosgd.plugins.kinds import TRACKERS
-from aiosgd.plugins.registry import describe, make_params
+from aiosgd.plugins.registry import check_value, describe, make_dataclass, make_params
 from aiosgd.runtime import config, results, workload
 from aiosgd.runtime.config import Address, JobConfig
 from aiosgd.runtime.connection import Link
@@ -57,10 +60,6 @@ from aiosgd.runtime.results import EVAL, TRAIN, Rows, Summary
 from aiosgd.runtime.session import Evaluation, Progress
 from aiosgd.runtime.workload import Workload
 
-_STATES: Mapping[Phase, Literal["done", "failed", "cancelled"]] = {
-    Phase.DONE: "done",
-    Phase.CANCELLED: "cancelled",
-}
 # how often deadlines are looked at
 TICK = 0.25
 # longest wait for the nodes to end their links after a job
@@ -101,15 +100,31 @@ class Request:
     connect_timeout: float = 5.0
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One node's figures of a job; seconds, bytes on the wire, messages too late for their step."""
+
+    samples: int
+    train_s: float
+    late: int
+    bytes_sent: int
+    bytes_received: int
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}; expected 0 or more")
+
+
+@dataclass(frozen=True)
 class _Collected:
-    """What came back from one node."""
+    """What came back from one node; of one that never trained, the log alone."""
 
     train: Rows
     evaluations: Rows
     log: bytes
     weights: Vector | None
-    figures: dict[str, Any]
+    figures: Figures | None
 
 
 @dataclass
@@ -159,13 +174,28 @@ def choose_nodes(request: Request) -> dict[int, Address]:
 
 
 def file_sources(job: JobConfig) -> list[tuple[str, bytes]]:
-    """Return the source files of a job's FILE.py:CLASS codecs."""
-    names = [name for name in (job.codec, job.server_codec) if name]
-    return [
-        (name, Path(name.rpartition(":")[0]).read_bytes())
-        for name in dict.fromkeys(names)
-        if workload.is_file_codec(name)
-    ]
+    """Return the sources of a job's FILE.py:CLASS codecs by the codec's name; reads a file once."""
+    names = _file_codecs(job)
+    texts = {path: Path(path).read_bytes() for path in {_path_of(name) for name in names}}
+    return [(name, texts[_path_of(name)]) for name in names]
+
+
+def code_files(job: JobConfig) -> dict[str, str]:
+    """Return, for each FILE.py:CLASS codec, what the copy of its file in `code/` is called."""
+    names, copies = _file_codecs(job), dict[str, str]()
+    for i, path in enumerate(dict.fromkeys(map(_path_of, names))):
+        base = Path(path).name
+        copies[path] = f"{i}-{base}" if base in copies.values() else base
+    return {name: copies[_path_of(name)] for name in names}
+
+
+def _file_codecs(job: JobConfig) -> list[str]:
+    names = (name for name in (job.codec, job.server_codec) if name)
+    return [name for name in dict.fromkeys(names) if workload.is_file_codec(name)]
+
+
+def _path_of(name: str) -> str:
+    return name.rpartition(":")[0]
 
 
 Loaded: TypeAlias = tuple[Workload, list[DataFile]]
@@ -175,8 +205,11 @@ def load_job(job: JobConfig, workers: int, data_dir: Path) -> Loaded:
     """Load and check everything that a job names; its data files are looked up only once.
 
     Raises:
-        ConfigError, PluginError: see `workload.load`.
+        ConfigError, PluginError: see `workload.load`; also for trackers, which only the submitter
+            needs.
     """
+    for tracker in job.trackers:
+        make_params(TRACKERS.load(tracker), {}, "tracker")
     files = workload.dataset_files(job, data_dir)
     paths = {file.name: file.path for file in files}
     return workload.load(job, workers, data_dir, paths=paths or None), files
@@ -196,7 +229,7 @@ async def run_job(request: Request, observer: Observer, loaded: Loaded | None = 
     Raises:
         ConfigError, PluginError: before any node is spoken to.
         ClusterError: a node is unreachable or refused the job.
-        JobFailedError: the job started and failed.
+        JobFailedError: the job started and failed, or what it left could not all be written.
     """
     nodes = choose_nodes(request)
     if loaded is None:
@@ -220,7 +253,11 @@ class Coordinator:
     _collected: dict[int, _Collected] = field(default_factory=dict)
     _missing: dict[int, list[str]] = field(default_factory=dict)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
+    _quiet: set[int] = field(default_factory=set)
+    _unwritten: list[str] = field(default_factory=list)
+    _cause: Exception | None = None
     _cancelled: bool = False
+    _ending: Literal["failed", "cancelled"] = "failed"
 
     def __post_init__(self) -> None:
         job, now = self.request.job, dt.datetime.now()
@@ -231,6 +268,7 @@ class Coordinator:
         self.machine = Job(self.workers, self.servers, job.target_accuracy)
         self._started = time.monotonic()
         self.initial = self.load.initial()
+        self.sources = file_sources(job)  # once: what is sent is what is kept
         self._token = secrets.token_hex(16)  # lets the nodes of this job know each other
 
     def _now(self) -> float:
@@ -241,11 +279,11 @@ class Coordinator:
         self.folder = results.create_folder(Path(self.request.job.output), self.job_id)
         self._log, close_log = _submit_log(self.folder)
         try:
-            results.write_job(self.folder, self.request.job, self._versions())
+            self._write_job()
             try:
                 await self._drive()
             finally:
-                outcome = await asyncio.to_thread(self._write)
+                outcome = await self._written()
             return self._judge(outcome)
         finally:
             close_log()
@@ -259,12 +297,23 @@ class Coordinator:
             await self._wait()
         except asyncio.CancelledError:
             self._cancelled = True
+            self._ending = "failed" if self.machine.error else "cancelled"
             self._apply(Cancel(self._now()))
             await self._wait()
         except AiosgdError as error:
             self.machine.error, self.machine.phase = str(error), Phase.FAILED
             self._log.error(str(error))
             raise
+
+    async def _written(self) -> Outcome:
+        """Write what is left, whole, even if this is cancelled meanwhile."""
+        writing = asyncio.ensure_future(asyncio.to_thread(self._write))
+        while not writing.done():
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                self._cancelled = True
+        return writing.result()
 
     async def _wait(self) -> None:
         while not self._over.is_set():
@@ -277,11 +326,19 @@ class Coordinator:
         where = f"logs in {self.folder}"
         if self._cancelled:
             raise asyncio.CancelledError(f"job {self.job_id} was cancelled; {where}")
-        if self.machine.phase is Phase.FAILED:
-            if self.machine.refused:
-                raise ClusterError(f"{self.machine.error}; {where}")
-            raise JobFailedError(f"job {self.job_id} failed: {self.machine.error}; {where}")
+        if self.machine.phase is Phase.FAILED and self.machine.refused:
+            raise ClusterError(f"{self.machine.error}; {where}")
+        if error := self._error():
+            raise JobFailedError(f"job {self.job_id} failed: {error}; {where}") from self._cause
         return outcome
+
+    def _error(self) -> str:
+        return "; ".join(text for text in (self.machine.error, *self._unwritten) if text)
+
+    def _state(self) -> Literal["done", "failed", "cancelled"]:
+        if self.machine.phase is Phase.DONE:
+            return "failed" if self._unwritten else "done"
+        return self._ending
 
     # links
 
@@ -328,30 +385,70 @@ class Coordinator:
     def _deliver(self, node: int, content: Any, size: int) -> None:
         self._links[node].consumed(node)
         try:
-            self._take(node, content)
-        except (KeyError, TypeError, ValueError) as error:
-            text = f"{node_name(node)} sent a report that makes no sense: {describe(error)}"
-            raise RemoteProtocolError(text) from error
+            news = self._read(node, content)
+        except (AiosgdError, KeyError, TypeError, ValueError) as error:
+            news = self._nonsense(node, content, error)
+        match news:
+            case Progress():
+                with self._guarded():
+                    self.observer.progressed(news)
+            case Evaluation():
+                with self._guarded():
+                    self.observer.evaluated(news)
+                self._apply(Evaluated(node, news.epoch, news.accuracy))
+            case _:
+                self._apply(news)
 
-    def _take(self, node: int, content: Any) -> None:
+    def _read(self, node: int, content: Any) -> Progress | Evaluation | Event:
+        """Return what a node says, checked."""
         match content:
             case {"report": str(report), "job_id": self.job_id}:
-                self._reported(node, Report(report), content)
+                return self._reported(node, Report(report), content)
             case {"progress": dict(facts)}:
-                self.observer.progressed(Progress(**facts))
+                return _news(Progress, node, facts, "progress")
             case {"evaluation": dict(facts)}:
-                evaluation = Evaluation(**facts)
-                self.observer.evaluated(evaluation)
-                self._apply(Evaluated(node, evaluation.epoch, evaluation.accuracy))
+                return _news(Evaluation, node, facts, "evaluation")
+        raise RemoteProtocolError("it is no report of this job")
+
+    def _nonsense(self, node: int, content: Any, error: Exception) -> Event:
+        """Return what to make of a report that cannot be read: the job fails."""
+        reason = f"it sent a report that makes no sense: {_text_of(error)}"
+        self._log.error("%s: %s: %s", self.machine.phase, node_name(node), reason)
+        match content:
+            case {"report": str(report)} if report == Report.ABORTED:
+                return Lost(node, reason, self._now())  # nothing more comes from it
+        return Reported(node, Report.FAILED, self._now(), reason)
 
     def _lost(self, node: int, error: Exception) -> None:
+        self._log.info("%s: %s lost: %s", self.machine.phase, node_name(node), error)
         self._apply(Lost(node, str(error), self._now()))
 
     # the state machine's shell
 
     def _apply(self, event: Event) -> None:
-        for instruction in self.machine.handle(event):
-            self._obey(instruction)
+        with self._guarded():
+            for instruction in self.machine.handle(event):
+                self._obey(instruction)
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """End the job with what goes wrong on this side; else a link's node would be blamed."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever it is, the job's error must say it
+            self._break_off(error)
+
+    def _break_off(self, error: Exception) -> None:
+        text, first = _text_of(error), not self.machine.error
+        self._log.error(text, exc_info=None if isinstance(error, AiosgdError) else error)
+        if self.machine.phase in ENDS:
+            return
+        instructions = self.machine.handle(Reported(SUBMITTER, Report.FAILED, self._now()))
+        if first:
+            self._cause, self.machine.error = error, text
+        for instruction in instructions:
+            with self._guarded():
+                self._obey(instruction)
 
     def _obey(self, instruction: Instruction) -> None:
         match instruction:
@@ -366,26 +463,42 @@ class Coordinator:
 
     def _entered(self, phase: Phase) -> None:
         self._log.info("%s%s", phase, f": {self.machine.error}" if self.machine.error else "")
-        self.observer.entered(phase, self.job_id)
         if phase in ENDS:
             self._over.set()
+        self.observer.entered(phase, self.job_id)
 
     def _send(self, node: int, content: dict[str, Any]) -> None:
         with contextlib.suppress(PeerLostError):  # the link's end is on its way as an event
             self._links[node].send([node], {"job_id": self.job_id, **content})
 
-    def _reported(self, node: int, report: Report, content: dict[str, Any]) -> None:
+    def _reported(self, node: int, report: Report, content: Mapping[str, Any]) -> Reported:
+        """Keep what a report brings."""
         if report is Report.VOTE:
-            self._missing[node] = list(content["missing"])
-        elif report is Report.COLLECTED:
-            self._collected[node] = _unpack(content)
-        elif report is Report.ABORTED:
-            empty = Rows(TRAIN), Rows(EVAL)
-            self._collected[node] = _Collected(*empty, bytes(content["log"]), None, {})
-        reason = str(content.get("reason", ""))
-        self._log.info("%s: %s %s", node_name(node), report, reason)
-        totals = int(content.get("sent", 0)), int(content.get("consumed", 0))
-        self._apply(Reported(node, report, self._now(), reason, totals))
+            self._missing[node] = _fact(content, "missing", list[str])
+        elif report in (Report.COLLECTED, Report.ABORTED):
+            self._keep(node, report, content)
+        names = ("sent", "consumed") if report is Report.QUIET else ()
+        sent, consumed = [_fact(content, name, int) for name in names] or (0, 0)
+        reason = check_value(content.get("reason", ""), str, "reason")
+        self._note(node, report, reason)
+        return Reported(node, report, self._now(), reason, (sent, consumed))
+
+    def _keep(self, node: int, report: Report, content: Mapping[str, Any]) -> None:
+        """Keep what a node collected; of one that is aborted after that, only its log is new."""
+        if report is Report.COLLECTED:
+            _check_complete(node, content)
+        new, old = _unpack(node, content, self.load.model.size), self._collected.get(node)
+        if report is Report.ABORTED and old is not None:
+            new = dataclasses.replace(old, log=new.log)
+        self._collected[node] = new
+
+    def _note(self, node: int, report: Report, reason: str) -> None:
+        if report is Report.QUIET:  # in every round again
+            if node in self._quiet:
+                return
+            self._quiet.add(node)
+        words = f": {reason}" if reason else ""
+        self._log.info("%s: %s %s%s", self.machine.phase, node_name(node), report, words)
 
     def _payload(self, node: int, order: Order) -> dict[str, Any]:
         if order is Order.CAN_COMMIT:
@@ -402,7 +515,7 @@ class Coordinator:
     def _question(self, node: int) -> dict[str, Any]:
         return {
             "node": node,
-            "sources": [name for name, _ in file_sources(self.request.job)],
+            "sources": [name for name, _ in self.sources],
             "plugins": self._plugins(),
             "files": self._files(),
         }
@@ -415,10 +528,7 @@ class Coordinator:
             "addresses": [[peer, str(address)] for peer, address in self.nodes.items()],
             "nodes_on_host": hosts.count(self.nodes[node].host),
             "token": self._token,
-            "sources": [
-                [name, np.frombuffer(text, np.uint8)]
-                for name, text in file_sources(self.request.job)
-            ],
+            "sources": [[name, np.frombuffer(text, np.uint8)] for name, text in self.sources],
             "files": self._files(),
             "initial": self.initial,
         }
@@ -442,33 +552,49 @@ class Coordinator:
 
     # what is left
 
+    def _write_job(self) -> None:
+        """Write job.toml, with as many nodes as take part, and the code that it needs."""
+        job = dataclasses.replace(
+            self.request.job, workers=len(self.workers), servers=len(self.servers) or None
+        )
+        results.write_job(self.folder, job, self._versions())
+        copies, folder = code_files(job), self.folder / "code"
+        try:
+            for name, text in self.sources:
+                folder.mkdir(exist_ok=True)
+                (folder / copies[name]).write_bytes(text)
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be written: {error.strerror}") from error
+
     def _versions(self) -> dict[str, Any]:
+        code = {name: hashlib.sha256(text).hexdigest() for name, text in self.sources}
         return {
             "job_id": self.job_id,
+            "code": code or None,
             "plugins": [f"{kind} {name}: {dist} {v}" for kind, name, dist, v in self._plugins()],
             "nodes": {str(node): str(address) for node, address in self.nodes.items()},
             "steps": self.load.steps,
         }
 
     def _write(self) -> Outcome:
-        """Write everything that came back; runs in a thread."""
-        shapes = self.load.model.shapes
-        for node, part in sorted(self._collected.items()):
-            results.write_node_log(self.folder, node, part.log.decode(errors="replace"))
+        """Write everything that came back, the summary last; runs in a thread."""
         train = _stack(TRAIN, [part.train for part in self._in_order()])
         evaluations = _stack(EVAL, [part.evaluations for part in self._in_order()])
-        for name in self.request.job.trackers:
-            kind = TRACKERS.load(name)
-            tracker = kind(make_params(kind, {}, "tracker"), self.folder)
-            tracker.write("train", train)
-            tracker.write("eval", evaluations)
-        weights = self._collected[0].weights if 0 in self._collected else None
         parameters: dict[str, Vector] = {}
-        if weights is not None:
-            results.write_model(self.folder, weights, shapes)
-            parameters = results.named_parameters(weights, shapes)
-        summary = self._summarise(train, evaluations)
-        results.write_summary(self.folder, summary)
+        try:
+            with self._collecting_errors("the model"):
+                parameters = self._write_model()
+            for name in dict.fromkeys(self.request.job.trackers):
+                with self._collecting_errors(f"tracker {name!r}"):
+                    self._track(name, {"train": train, "eval": evaluations})
+            for node, part in sorted(self._collected.items()):
+                with self._collecting_errors(f"the log of {node_name(node)}"):
+                    log = part.log.decode(errors="replace")
+                    results.write_node_log(self.folder, node, log)
+        finally:
+            summary = self._summarise(train, evaluations)
+            with self._collecting_errors("the summary"):
+                results.write_summary(self.folder, summary)
         return Outcome(
             folder=self.folder,
             summary=summary,
@@ -477,18 +603,41 @@ class Coordinator:
             parameters=parameters,
         )
 
+    @contextlib.contextmanager
+    def _collecting_errors(self, what: str) -> Iterator[None]:
+        """Note what could not be written, and go on: the rest is worth having."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a tracker may raise anything
+            text = f"{what} could not be written: {_text_of(error)}"
+            self._unwritten.append(text)
+            self._log.error(text)
+
+    def _write_model(self) -> dict[str, Vector]:
+        """Write the newest weights that worker 0 sent, if any, and return them by name."""
+        part, shapes = self._collected.get(0), self.load.model.shapes
+        if part is None or part.weights is None:
+            return {}
+        results.write_model(self.folder, part.weights, shapes)
+        return results.named_parameters(part.weights, shapes)
+
+    def _track(self, name: str, tables: Mapping[str, Any]) -> None:
+        kind = TRACKERS.load(name)
+        tracker = kind(make_params(kind, {}, "tracker"), self.folder)
+        for table, rows in tables.items():
+            tracker.write(table, rows)
+
     def _in_order(self) -> list[_Collected]:
         return [self._collected[node] for node in self.workers if node in self._collected]
 
     def _summarise(self, train: Any, evaluations: Any) -> Summary:
         figures = {node: part.figures for node, part in self._collected.items() if part.figures}
-        samples = sum(one["samples"] for one in figures.values())
-        train_s = max((one["train_s"] for one in figures.values()), default=0.0)
-        phase = self.machine.phase
+        samples = sum(one.samples for one in figures.values())
+        train_s = max((one.train_s for one in figures.values()), default=0.0)
         return Summary(
             job_id=self.job_id,
-            state=_STATES.get(phase, "failed"),
-            error=self.machine.error or None,
+            state=self._state(),
+            error=self._error() or None,
             metrics=_final(evaluations, 0),
             nodes=len(self.nodes),
             steps=int(train.step.max()) + 1 if len(train) else 0,
@@ -497,11 +646,15 @@ class Coordinator:
             wall_s=time.monotonic() - self._started,
             train_s=train_s,
             samples_per_s=samples / train_s if train_s else 0.0,
-            bytes_sent=sum(one["bytes_sent"] for one in figures.values()),
-            bytes_received=sum(one["bytes_received"] for one in figures.values()),
+            bytes_sent=sum(one.bytes_sent for one in figures.values()),
+            bytes_received=sum(one.bytes_received for one in figures.values()),
             per_node={
-                node: {"address": str(self.nodes[node]), **one, **_final(evaluations, node)}
-                for node, one in figures.items()
+                node: {
+                    "address": str(self.nodes[node]),
+                    **dataclasses.asdict(one),
+                    **_final(evaluations, node),
+                }
+                for node, one in sorted(figures.items())
             },
         )
 
@@ -524,15 +677,86 @@ def _end_of(link: Link) -> asyncio.Future[None]:
     return gone
 
 
-def _unpack(content: Mapping[str, Any]) -> _Collected:
-    weights = content["weights"]
+# What nodes say, checked -----------------------------------------------------------------------
+
+_News = TypeVar("_News", Progress, Evaluation)
+
+
+def _news(kind: type[_News], node: int, facts: Mapping[str, Any], place: str) -> _News:
+    news: _News = make_dataclass(kind, facts, place, f"{place} of a worker")
+    if news.node != node:
+        raise RemoteProtocolError(f"{place}.node is {news.node}; expected {node}")
+    return news
+
+
+def _fact(content: Mapping[str, Any], name: str, expected: Any) -> Any:
+    if name not in content:
+        raise RemoteProtocolError(f"{name} is missing")
+    return check_value(content[name], expected, name)
+
+
+def _check_complete(node: int, content: Mapping[str, Any]) -> None:
+    """Refuse a collection that lacks something; the weights come from worker 0 alone."""
+    names = ("train", "evaluations", "figures", *(["weights"] if node == 0 else []))
+    for name in names:
+        if content.get(name) is None:
+            raise RemoteProtocolError(f"{name} is missing")
+
+
+def _unpack(node: int, content: Mapping[str, Any], size: int) -> _Collected:
+    """Check what a node leaves; only its log is there in any case.
+
+    Args:
+        node: who sent it.
+        content: the report.
+        size: how many parameters the model has.
+
+    Raises:
+        RemoteProtocolError, ConfigError: something is missing, of another type or shape.
+    """
     return _Collected(
-        Rows.from_columns(TRAIN, content["train"]),
-        Rows.from_columns(EVAL, content["evaluations"]),
-        bytes(content["log"]),
-        None if weights is None else np.asarray(weights, np.float32),
-        dict(content["figures"]),
+        _rows(TRAIN, content.get("train"), node),
+        _rows(EVAL, content.get("evaluations"), node),
+        _array(content.get("log"), "log", np.uint8).tobytes(),
+        _weights(content.get("weights"), size),
+        _figures(content.get("figures")),
     )
+
+
+def _rows(dtype: np.dtype[Any], columns: Any, node: int) -> Rows:
+    rows = Rows(dtype) if columns is None else Rows.from_columns(dtype, columns)
+    if not (rows.array().node == node).all():
+        raise RemoteProtocolError(f"column node names other nodes; expected {node} alone")
+    return rows
+
+
+def _weights(value: Any, size: int) -> Vector | None:
+    return None if value is None else _array(value, "weights", np.float32, size)
+
+
+def _array(value: Any, name: str, dtype: type[np.generic], size: int | None = None) -> Any:
+    """Return a vector of that type and, if given, size."""
+    right = isinstance(value, np.ndarray) and value.dtype == dtype and value.ndim == 1
+    if right and (size is None or value.size == size):
+        return value
+    shown = f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else repr(value)
+    length = "" if size is None else f" with {size} elements"
+    raise RemoteProtocolError(f"{name} is {shown}; expected a {dtype.__name__} vector{length}")
+
+
+def _figures(values: Any) -> Figures | None:
+    if values is None:
+        return None
+    table = check_value(values, dict[str, Any], "figures")
+    figures: Figures = make_dataclass(Figures, table, "figures", "a node")
+    return figures
+
+
+def _text_of(error: BaseException) -> str:
+    return str(error) if isinstance(error, AiosgdError) else describe(error)
+
+
+# What is written -------------------------------------------------------------------------------
 
 
 def _stack(dtype: Any, parts: Sequence[Rows]) -> Any:

@@ -10,8 +10,10 @@ from aiosgd import __version__
 from aiosgd.errors import ClusterError, RemoteProtocolError
 from aiosgd.runtime.config import Address
 from aiosgd.runtime.connection import Link, connect
-from aiosgd.runtime.frame import WIRE_VERSION, Kind, encode
+from aiosgd.runtime.frame import DEFAULT_LIMITS, WIRE_VERSION, Kind, Limits, encode
 
+# what an end that has not said who it is may send; its HELLO is a few short words
+STRANGER = Limits(max_metadata=1024, max_body=0)
 # seconds for a connection, and again for the answer to a HELLO
 TIMEOUT = 5.0
 
@@ -37,7 +39,8 @@ def read_hello(kind: Kind, content: Any) -> dict[str, Any]:
 
 
 def accept(link: Link) -> None:
-    """Answer a HELLO."""
+    """Answer a HELLO; from now on the other end may send what nodes send."""
+    link.limits = DEFAULT_LIMITS
     link.send(encode(greeting(), Kind.HELLO))
 
 

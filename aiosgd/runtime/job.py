@@ -83,14 +83,15 @@ class Stage:
     patience: float | None
 
 
-# Votes and links are one round trip; preparing loads data sets, collecting moves models.
+# Votes and links are one round trip. Preparing moves and loads data sets, collecting moves models:
+# what a slow network needs for that, while heartbeats tell a dead node from a busy one.
 STAGES = {
     Phase.VOTING: Stage(Order.CAN_COMMIT, Report.VOTE, Phase.PREPARING, 5.0),
-    Phase.PREPARING: Stage(Order.PREPARE, Report.PREPARED, Phase.LINKING, 120.0),
+    Phase.PREPARING: Stage(Order.PREPARE, Report.PREPARED, Phase.LINKING, 600.0),
     Phase.LINKING: Stage(Order.LINK, Report.LINKED, Phase.RUNNING, 10.0),
     Phase.RUNNING: Stage(Order.START, Report.TRAINED, Phase.FINISHING, None),
     Phase.FINISHING: Stage(Order.FINISH, Report.QUIET, Phase.COLLECTING, 30.0),
-    Phase.COLLECTING: Stage(Order.COLLECT, Report.COLLECTED, Phase.DONE, 120.0),
+    Phase.COLLECTING: Stage(Order.COLLECT, Report.COLLECTED, Phase.DONE, 600.0),
     Phase.STOPPING: Stage(Order.ABORT, Report.ABORTED, Phase.FAILED, 5.0),
 }
 
@@ -362,9 +363,6 @@ MOVES: dict[tuple[Seat, Order], Seat] = {
     **{(seat, Order.ABORT): Seat.FREE for seat in Seat if seat is not Seat.FREE},
 }
 
-# A node that promised itself and hears nothing for this long is free again.
-UNHEARD = 10.0
-
 
 @dataclass
 class Member:
@@ -374,13 +372,11 @@ class Member:
         seat: where it is.
         job_id: the job that has the seat; empty when free.
         since: when that job took it (the caller's words, for messages).
-        heard: when its submitter was last heard.
     """
 
     seat: Seat = Seat.FREE
     job_id: str = ""
     since: str = ""
-    heard: float = 0.0
 
     def refusal(self, job_id: str, order: Order) -> str:
         """Return why an order cannot be followed now; empty if it can."""
@@ -390,7 +386,7 @@ class Member:
             return f"{order} is out of turn: the node is {self.seat}"
         return ""
 
-    def follow(self, job_id: str, order: Order, now: float, since: str = "") -> None:
+    def follow(self, job_id: str, order: Order, since: str = "") -> None:
         """Move to the next seat.
 
         Raises:
@@ -401,15 +397,9 @@ class Member:
         if self.seat is Seat.FREE:
             self.job_id, self.since = job_id, since
         self.seat = MOVES[self.seat, order]
-        self.heard = now
         if self.seat is Seat.FREE:
             self.leave()
 
     def leave(self) -> None:
         """Be free again."""
         self.seat, self.job_id, self.since = Seat.FREE, "", ""
-
-    def abandoned(self, now: float) -> bool:
-        """Tell whether the submitter of a job that has not started has fallen silent."""
-        waiting = self.seat in (Seat.PROMISED, Seat.PREPARED, Seat.LINKED)
-        return waiting and now - self.heard > UNHEARD

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,16 +20,20 @@ from aiosgd.plugins.registry import describe
 from aiosgd.runtime.config import Address
 from aiosgd.runtime.connection import Link, listen
 from aiosgd.runtime.frame import Kind
-from aiosgd.runtime.hello import accept, read_hello, refuse
-from aiosgd.runtime.job import SUBMITTER, Member, Order, Report
+from aiosgd.runtime.hello import STRANGER, accept, read_hello, refuse
+from aiosgd.runtime.job import SUBMITTER, Member, Order, Report, node_name
 from aiosgd.runtime.mesh import Mesh
 from aiosgd.runtime.part import Part, Settings, check_request, first_error, store_file
+from aiosgd.runtime.results import is_job_id
 from aiosgd.runtime.session import Evaluation, Progress
 
 # a link that has not said who it is after this long is closed
 HELLO_TIMEOUT = 5.0
 # links that have not said who they are yet
 PENDING_LIMIT = 64
+
+# characters of a reason that are sent
+REASON_LIMIT = 2000
 
 logger = logging.getLogger("aiosgd.node")
 
@@ -63,9 +67,7 @@ class Node:
             async with self._tasks:
                 started(Address(self.settings.host, port))
                 try:
-                    while True:
-                        await asyncio.sleep(1)
-                        self._tick()
+                    await asyncio.Event().wait()
                 finally:
                     server.close()
                     self._close_links("the node was stopped")
@@ -82,23 +84,22 @@ class Node:
             control.fail(reason)
             control.mesh.close()
 
-    def _tick(self) -> None:
-        for control in self._controls:
-            if control.leads(self.member.job_id):
-                self.member.heard = control.link.last_heard
-        if self.member.abandoned(self.now()):
-            self.spawn(self.leave("nothing was heard from the submitter"))
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a coroutine as a child of the node; whatever it raises, the node lives on."""
+        task = self._tasks.create_task(self._guarded(work))
+        task.add_done_callback(lambda _: work.close())  # one cancelled before its first step
+        return task
 
-    def now(self) -> float:
-        """Return the monotonic time that decides everything here."""
-        return asyncio.get_running_loop().time()
-
-    def spawn(self, work: Any) -> asyncio.Task[Any]:
-        """Run a coroutine as a child of the node."""
-        return self._tasks.create_task(work)
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception:
+            logger.exception("a task of the node failed")
 
     async def leave(self, reason: str) -> None:
         """Give the seat back."""
+        if self.member.job_id:
+            logger.info("job %s: left, %s", self.member.job_id, reason)
         part, self.part = self.part, None
         self.member.leave()
         if part is not None:
@@ -107,7 +108,7 @@ class Node:
     # links that come in
 
     def _accept(self) -> Link:
-        loop, link = asyncio.get_running_loop(), Link(self._hello, self._unknown_closed)
+        loop, link = asyncio.get_running_loop(), Link(self._hello, self._unknown_closed, STRANGER)
         if len(self._pending) >= PENDING_LIMIT:
             # later in this turn: links that came in one burst with this one are not set up yet
             loop.call_soon(self._expire, next(iter(self._pending)), "too many links wait")
@@ -135,6 +136,7 @@ class Node:
 
     def _introduce(self, link: Link, hello: Mapping[str, Any]) -> None:
         if hello.get("role") == "submitter":
+            self._make_room()
             accept(link)
             control = Control(self, link)
             self._controls.add(control)
@@ -144,6 +146,13 @@ class Node:
             self.part.join(hello["node"], link)
         else:
             raise RemoteProtocolError("it is no node of this node's job")
+
+    def _make_room(self) -> None:
+        """Close the links of submitters that lead nothing, once they are too many."""
+        idle = [control for control in self._controls if not control.job_id]
+        if len(idle) >= PENDING_LIMIT:
+            for control in idle:
+                control.link.abort(RemoteProtocolError("too many submitters without a job"))
 
     def forget(self, control: Control) -> None:
         """Drop a submitter's link, and the job that it leads."""
@@ -195,6 +204,8 @@ class Control:
 
     def report(self, report: Report, job_id: str, **facts: Any) -> None:
         """Tell the submitter how an order went."""
+        if "reason" in facts:
+            facts["reason"] = _sendable(facts["reason"])
         self._send({"report": str(report), "job_id": job_id, **facts})
 
     def tell(self, news: Progress | Evaluation) -> None:
@@ -209,7 +220,7 @@ class Control:
     def _deliver(self, sender: int, content: Any, size: int) -> None:
         self.mesh.consumed(sender)
         match content:
-            case {"order": str(order), "job_id": str(job_id)}:
+            case {"order": str(order), "job_id": str(job_id)} if is_job_id(job_id):
                 self._take(order, job_id, content)
             case _:
                 self.link.abort(RemoteProtocolError("a submitter sent something that is no order"))
@@ -218,7 +229,7 @@ class Control:
         mine = self.leads(job_id) and job_id == self.node.member.job_id
         if order == "verdict":
             if mine and self.node.part is not None:
-                self.node.part.verdict(int(content["epoch"]), bool(content["stop"]))
+                self.node.part.verdict(int(content.get("epoch", -1)), bool(content.get("stop")))
         elif order == "file":
             if mine:
                 self._stores.append(self.node.spawn(self._store(content, job_id)))
@@ -226,6 +237,8 @@ class Control:
             if mine and self._work is not None:
                 self._work.cancel()
             self.node.spawn(self._leave(Order(order), job_id, content, mine=mine))
+        elif order in list(Order) and self._work is not None and not self._work.done():
+            self.report(Report.REFUSED, job_id, reason=f"{order} came before the last order's end")
         elif order in list(Order):
             self._work = self.node.spawn(self._follow(Order(order), job_id, content))
         else:
@@ -235,27 +248,29 @@ class Control:
         folder = self.node.settings.data_dir
         try:
             await asyncio.to_thread(store_file, folder, content["sha256"], content["data"])
-        except (AiosgdError, OSError) as error:
-            self.report(Report.REFUSED, job_id, reason=f"cannot keep a data file: {error}")
+        except Exception as error:  # noqa: BLE001 - the content is a peer's: anything may be wrong
+            reason = f"cannot keep a data file: {describe(error)}"
+            self.report(Report.REFUSED, job_id, reason=reason)
 
     async def _leave(
         self, order: Order, job_id: str, content: dict[str, Any], *, mine: bool
     ) -> None:
-        log = b""
+        facts: dict[str, Any] = {"log": np.empty(0, np.uint8)}
         if mine:
             self.job_id = ""
             part = self.node.part
             await self.node.leave(str(content.get("reason", "the job is done")))
-            log = part.log_bytes() if part is not None else b""
+            if part is not None and order is Order.ABORT:
+                facts = part.facts(weights=part.node == 0)
         if order is Order.ABORT:
-            self.report(Report.ABORTED, job_id, log=np.frombuffer(log, np.uint8))
+            self.report(Report.ABORTED, job_id, **facts)
 
     async def _follow(self, order: Order, job_id: str, content: dict[str, Any]) -> None:
         member = self.node.member
         if reason := member.refusal(job_id, order) or self._stranger(order):
             self.report(Report.REFUSED, job_id, reason=reason)
             return
-        member.follow(job_id, order, self.node.now(), time.strftime("%H:%M:%S"))
+        member.follow(job_id, order, time.strftime("%H:%M:%S"))
         try:
             await self._carry_out(order, job_id, content)
         except Exception as error:
@@ -265,9 +280,11 @@ class Control:
             await self._refuse(order, job_id, first)
 
     def _stranger(self, order: Order) -> str:
-        if order is not Order.CAN_COMMIT and not self.leads(self.node.member.job_id):
-            return "another submitter leads this job"
-        return ""
+        member = self.node.member
+        free = order is Order.CAN_COMMIT and not member.job_id
+        if free or self.leads(member.job_id):
+            return ""
+        return f"busy with job {member.job_id} of another link; is this node listed twice?"
 
     async def _refuse(self, order: Order, job_id: str, error: BaseException) -> None:
         if order is Order.CAN_COMMIT:
@@ -290,6 +307,7 @@ class Control:
                 node.settings, job_id, content, node.spawn, self.tell, self.fail
             )
             await part.prepare()
+            logger.info("job %s: prepared as %s", job_id, node_name(part.node))
             self.report(Report.PREPARED, job_id)
             return
         assert node.part is not None
@@ -305,3 +323,9 @@ class Control:
         elif order is Order.COLLECT:
             facts = await node.part.collect(weights=bool(content.get("weights")))
             self.report(Report.COLLECTED, job_id, **facts)
+
+
+def _sendable(reason: str) -> str:
+    """Return a reason that fits a report, whatever a codec put into its error; the log has all."""
+    text = reason.encode(errors="backslashreplace").decode()
+    return text if len(text) <= REASON_LIMIT else f"{text[:REASON_LIMIT]}… (see the node's log)"

@@ -11,28 +11,31 @@ import os
 import re
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import threadpoolctl
 
-from aiosgd.errors import AiosgdError, ClusterError, ConfigError
+from aiosgd.errors import AiosgdError, ClusterError, ConfigError, PluginNotFoundError
 from aiosgd.plugins.datasets.base import sha256 as sha256_of
 from aiosgd.plugins.kinds import KINDS, TRACKERS
 from aiosgd.plugins.registry import describe, make_params
 from aiosgd.runtime import config, results, workload
-from aiosgd.runtime.config import Address
+from aiosgd.runtime.config import Address, JobConfig
 from aiosgd.runtime.connection import Link
 from aiosgd.runtime.executor import Executor
 from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import node_name
 from aiosgd.runtime.mesh import Mesh
 from aiosgd.runtime.session import Evaluation, Place, Progress, Session
+from aiosgd.runtime.workload import is_file_codec
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+# how long a codec's hook may take to notice that it was cancelled
+LET_GO = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,7 @@ class Part:
     _joined: asyncio.Event = field(default_factory=asyncio.Event)
     _blas: Any = None
     _over: bool = False
+    _kept: bool = False
 
     def __post_init__(self) -> None:
         self.node = int(self.request["node"])
@@ -94,6 +98,7 @@ class Part:
 
     async def prepare(self) -> None:
         """Load the job's plugins and data, and make the session."""
+        check_code(self.job, self.request["sources"], self.settings)
         sources = keep_sources(self.folder, self.request["sources"], self._log.info)
         paths = {
             name: file_path(self.settings.data_dir, sha256)
@@ -155,15 +160,26 @@ class Part:
 
     async def collect(self, *, weights: bool) -> dict[str, Any]:
         """Finish the session; return (and keep) all that the run leaves on this node."""
-        session, mesh = self.session, self.mesh
+        session = self.session
         assert session is not None
-        assert mesh is not None
         await session.conclude()
         self._over = True
+        session.stop()
         if session.late:
             self._log.warning("%d messages came too late for their step", session.late)
         self._log.info("finished: %d samples in %.3f s", session.samples, session.train_s)
         await asyncio.to_thread(self._keep, session)
+        return self.facts(weights=weights)
+
+    def facts(self, *, weights: bool) -> dict[str, Any]:
+        """Return what there is of the run on this node: its log at least.
+
+        Args:
+            weights: whether to add the weights.
+        """
+        session, mesh = self.session, self.mesh
+        if session is None or mesh is None:
+            return {"log": np.frombuffer(self.log_bytes(), np.uint8)}
         held = session.weights
         return {
             "train": session.train.columns(),
@@ -191,7 +207,11 @@ class Part:
         try:
             if self._run is not None:
                 self._run.cancel()
-                await asyncio.wait([self._run])
+                _, stuck = await asyncio.wait([self._run], timeout=LET_GO)
+                if stuck:
+                    self._log.error("a hook of the codec does not let itself be cancelled")
+            if self.session is not None and len(self.session.train):
+                await asyncio.to_thread(self._keep, self.session)
         finally:
             self._close()
 
@@ -225,6 +245,7 @@ class Part:
             and hmac.compare_digest(token.encode(), self.token.encode())
             and type(peer) is int
             and peer in self.addresses
+            and peer != self.node
             and self.mesh is not None
             and peer not in self.mesh.peers
         )
@@ -257,12 +278,13 @@ class Part:
     # the session as a task
 
     async def _supervise(self, session: Session) -> None:
-        try:
-            await session.run()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the submitter must hear of it
-            first = first_error(error)
-            self._log.error("".join(traceback.format_exception(first)))
-            self._fail(str(first) if isinstance(first, AiosgdError) else describe(first))
+        with contextlib.suppress(Exception):  # _broke has heard of it
+            await session.run(self._broke)
+
+    def _broke(self, error: Exception) -> None:
+        first = first_error(error)
+        self._log.error("".join(traceback.format_exception(first)))
+        self._fail(str(first) if isinstance(first, AiosgdError) else describe(first))
 
     def _fail(self, reason: str) -> None:
         self._log.error(reason)
@@ -276,7 +298,16 @@ class Part:
         self._log.info("%d BLAS threads", threads)
 
     def _keep(self, session: Session) -> None:
-        """Write this node's own copy, in case the submitter is gone."""
+        """Write this node's own copy, in case the submitter is gone; once."""
+        if self._kept:
+            return
+        self._kept = True
+        try:
+            self._write_copy(session)
+        except (AiosgdError, OSError) as error:  # the submitter gets the rows all the same
+            self._log.warning("this node's own copy of the run is not complete: %s", error)
+
+    def _write_copy(self, session: Session) -> None:
         tracker = TRACKERS.load("csv")
         table = tracker(make_params(tracker, {}, "tracker"), self.folder)
         table.write("train", session.train.array())
@@ -344,13 +375,35 @@ def check_files(paths: Mapping[str, Path]) -> None:
             )
 
 
+def check_code(job: JobConfig, sources: Sequence[Sequence[Any]], settings: Settings) -> None:
+    """Check that a job brings code only where it may, and just the code that it names.
+
+    Raises:
+        ClusterError: the node does not take code.
+        ConfigError: a codec is a file that the job does not bring, or the other way round.
+    """
+    files = {name for name in (job.codec, job.server_codec) if name and is_file_codec(name)}
+    brought = {str(name) for name, _ in sources}
+    if (files or brought) and not settings.allow_code:
+        _refuse_code(files | brought)
+    if files != brought:
+        raise ConfigError(f"the job names the files {sorted(files)}, but brings {sorted(brought)}")
+
+
+def _refuse_code(names: Iterable[object]) -> NoReturn:
+    raise ClusterError(
+        f"codec {', '.join(map(str, names))} comes as source code, which this node does not take; "
+        "start it with --allow-code, or install the codec as a plugin"
+    )
+
+
 def keep_sources(
     folder: Path, sources: Sequence[Sequence[Any]], log: Callable[[str], None]
 ) -> dict[str, Path]:
     """Write the source files that came with a job into its folder; return where each is."""
     kept = {}
     for i, (name, text) in enumerate(sources):
-        source = bytes(text)
+        source = np.asarray(text, np.uint8).tobytes()
         path = folder / f"codec_{i}.py"
         path.write_bytes(source)
         log(f"code from the submitter: {name}, sha256 {hashlib.sha256(source).hexdigest()}")
@@ -367,13 +420,12 @@ def check_request(request: Mapping[str, Any], settings: Settings) -> list[str]:
     if job_folder(settings, str(request["job_id"]), int(request["node"])).exists():
         raise ConfigError(f"job {request['job_id']} was here before; a job id is never reused")
     if request["sources"] and not settings.allow_code:
-        names = ", ".join(str(name) for name in request["sources"])
-        raise ClusterError(
-            f"codec {names} comes as source code, which this node does not take; "
-            "start it with --allow-code, or install the codec as a plugin"
-        )
+        _refuse_code(request["sources"])
     for kind, name, distribution, version in request["plugins"]:
-        entry = KINDS[kind].entry(name)
+        try:
+            entry = KINDS[kind].entry(name)
+        except PluginNotFoundError as error:
+            raise ClusterError(f"{error} there; install it and restart the node") from error
         if (entry.distribution, entry.version) != (distribution, version):
             raise ClusterError(
                 f"{kind} {name!r} is from {entry.distribution} {entry.version} here, from "

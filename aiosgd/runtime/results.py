@@ -56,9 +56,14 @@ def new_job_id(now: datetime, title: str, token: str) -> str:
     return check_job_id(f"{now:%Y%m%d-%H%M%S}-{name or 'job'}-{token}")
 
 
+def is_job_id(text: str) -> bool:
+    """Tell whether a text is a job id, safe as a folder's name."""
+    return _JOB_ID.fullmatch(text) is not None
+
+
 def check_job_id(text: str) -> str:
     """Return a job id that is safe as a folder's name, or raise ConfigError."""
-    if _JOB_ID.fullmatch(text) is None:
+    if not is_job_id(text):
         raise ConfigError(f"job id is {text!r}; expected YYYYmmdd-HHMMSS-<title>-<4 hex digits>")
     return text
 

@@ -1,12 +1,13 @@
 """One job on one node: the actors around its codecs and, on a worker, the training loop.
 
-What a session needs from the world comes through three narrow things: the running loop's clock,
+What a session needs from the world comes through three narrow things: a clock,
 a transport and an executor. It never sees a socket, so it runs unchanged on simulated ones.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,7 @@ class Session:
         self._ahead: list[Computed] = []
         self._evaluated_step = -1
         self._trained = asyncio.Event()
+        self._stopped = False
 
     def _make_actor(self, group: int, weights: Vector) -> Actor:
         place = self.place
@@ -214,24 +216,49 @@ class Session:
         loop = asyncio.get_running_loop()
         return self._verdicts.setdefault(epoch, loop.create_future())
 
-    async def run(self) -> None:
+    async def run(self, failed: Callable[[Exception], None] = lambda _: None) -> None:
         """Run until cancelled; `trained` and `quiet` tell how far it is.
+
+        Args:
+            failed: told the first error at once; a hook that does not let itself be cancelled
+                may keep this coroutine from ending for ever.
 
         Raises:
             ExceptionGroup: of what went wrong: CodecError, JobFailedError, PeerLostError, ….
         """
+
+        async def watched(work: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await work()
+            except Exception as error:
+                failed(error)
+                raise
+
         try:
-            for actor in self._actors:
-                actor.start()
+            await watched(self._start)
             async with asyncio.TaskGroup() as tasks:
-                for actor in self._actors:
-                    tasks.create_task(actor.run())
-                tasks.create_task(self.place.transport.watch())
-                if self._load.job.mode == "async" or self._learner is None:
-                    tasks.create_task(self._guard())
-                if self._learner is not None:
-                    tasks.create_task(self._train(self._learner))
+                for work in self._tasks():
+                    tasks.create_task(watched(work))
         finally:
+            self.stop()
+
+    def _tasks(self) -> list[Callable[[], Awaitable[None]]]:
+        tasks: list[Callable[[], Awaitable[None]]] = [actor.run for actor in self._actors]
+        tasks.append(self.place.transport.watch)
+        if self._load.job.mode == "async" or self._learner is None:
+            tasks.append(self._guard)
+        if self._learner is not None:
+            tasks.append(functools.partial(self._train, self._learner))
+        return tasks
+
+    async def _start(self) -> None:
+        for actor in self._actors:
+            actor.start()
+
+    def stop(self) -> None:
+        """Let the codecs clean up; once, however often it is called."""
+        if not self._stopped:
+            self._stopped = True
             for actor in self._actors:
                 actor.stop(self.place.log)
 
@@ -430,7 +457,7 @@ class Session:
         self._evaluated_step = step
         epoch, node = self._epoch(step), self.place.node
         self.evaluations.append(node, epoch, step, self._now() - self._started_at, loss, accuracy)
-        self.place.log(f"epoch {epoch}: test loss {loss:.4f}, accuracy {accuracy:.4f}")
+        self.place.log(f"epoch {epoch + 1}: test loss {loss:.4f}, accuracy {accuracy:.4f}")
         self.place.report(Evaluation(node, epoch, step, loss, accuracy))
 
     def _record(self, step: int, computed: list[Computed], wait_s: float, *, fresh: bool) -> None:
@@ -441,6 +468,7 @@ class Session:
         accuracy = sum(one.accuracy for one in computed) / count if computed else np.nan
         mark = self._mark
         self.samples += samples
+        self.train_s = now - self._started_at
         self.train.append(
             self.place.node,
             step,

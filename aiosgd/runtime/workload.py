@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from aiosgd.codecs.base import Codec, Context, Exchange, Role, Vector
-from aiosgd.errors import ConfigError, PluginLoadError
+from aiosgd.codecs.base import Codec, Context, Exchange, Mode, Role, Vector
+from aiosgd.errors import CodecError, ConfigError, PluginLoadError
 from aiosgd.plugins.compressors import Compressor
 from aiosgd.plugins.datasets import Data, DataFile, Dataset
 from aiosgd.plugins.kinds import (
@@ -28,7 +28,6 @@ from aiosgd.plugins.kinds import (
     MODELS,
     OPTIMIZERS,
     PARTITIONS,
-    TRACKERS,
 )
 from aiosgd.plugins.models import Model
 from aiosgd.plugins.optimizers import Optimizer
@@ -99,6 +98,9 @@ class Workload:
         Args:
             initial: the initial weights of this tensor group.
             tools: the context's `executor` and `logger`.
+
+        Raises:
+            CodecError: it cannot be made.
         """
         seed = [self.job.seed, 2, node + 1_000_000, group]
         rng, compressor_rng = (np.random.default_rng([*seed, i]) for i in range(2))
@@ -112,6 +114,7 @@ class Workload:
             server=servers[group % len(servers)] if servers else None,
             block_owners=self.owners,
             mode=self.job.mode,
+            exchange=self.exchange,
             steps=self.steps,
             params=self.server_params if role == "server" else self.codec_params,
             rng=rng,
@@ -120,7 +123,21 @@ class Workload:
             compressor=self.compressor(self.compressor_params, compressor_rng),
             **tools,
         )
+        return _create(kind, ctx)
+
+
+def _create(kind: type[Codec], ctx: Context) -> Codec:
+    try:
         return kind.create(ctx)
+    except CodecError:
+        raise
+    except (Exception, SystemExit) as error:
+        # codecs in the older form are made in a way of their own, from a node's id
+        ours = kind.create.__func__ is Codec.create.__func__  # type: ignore[attr-defined]
+        hint = "; a codec takes no arguments: it prepares itself in start()" if ours else ""
+        raise CodecError(
+            f"codec {kind.__name__} cannot be made on node {ctx.node}: {describe(error)}{hint}"
+        ) from error
 
 
 def group_size(group: Group) -> int:
@@ -253,8 +270,6 @@ def load(
     """
     codecs = load_codecs(job, sources)
     _check_codec(job, codecs)
-    for tracker in job.trackers:
-        TRACKERS.load(tracker)
     compressor, optimizer = COMPRESSORS.load(job.compressor), OPTIMIZERS.load(job.optimizer)
     data = _load_data(job, data_dir, paths)
     model_class = MODELS.load(job.model)
@@ -313,15 +328,20 @@ def _check_class(codec: type[Codec], name: str) -> None:
             f"codec {name!r}: exchange is {codec.exchange!r}; expected "
             f"{' or '.join(map(repr, get_args(Exchange)))}"
         )
-    if not codec.modes or not set(codec.modes) <= set(get_args(Mode)):
+    modes: object = codec.modes
+    known = isinstance(modes, Collection) and all(mode in get_args(Mode) for mode in modes)
+    if not modes or not known:
         raise PluginLoadError(
-            f"codec {name!r}: modes is {codec.modes!r}; expected a tuple of "
+            f"codec {name!r}: modes is {modes!r}; expected a tuple of "
             f"{' and '.join(map(repr, get_args(Mode)))}"
         )
 
 
 def _check_codec(job: JobConfig, codecs: Codecs) -> None:
     codec, server = codecs.codec, codecs.server_codec
+    _check_class(codec, job.codec)
+    if server is not None:
+        _check_class(server, job.server_codec or server.__name__)
     _check_mode(job, f"codec {job.codec!r}", codec)
     if server is not None:
         _check_mode(job, f"server codec {job.server_codec or server.__name__!r}", server)

@@ -163,13 +163,25 @@ def test_a_result_is_taken_once():
 
 
 def test_results_of_one_step_combine_by_the_operation_addition_by_default():
-    codec = Silent()
+    codec = Silent.create(context())
     codec.set_result(np.array([1.0]), np.subtract)
     codec.set_result(np.array([5.0]), np.subtract)
     codec.set_result(np.array([2.0]))
     assert codec.take_result() == [1.0 - 5.0 + 2.0]
     codec.set_result(np.array([7.0]))
     assert codec.take_result() == [7.0]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_second_model_in_one_step_needs_an_operation(mode):
+    codec = Silent.create(context(mode=mode, exchange="weights"))
+    codec.set_result(np.array([1.0]))
+    with pytest.raises(ValueError, match="a second result in one step: weights are not added"):
+        codec.set_result(np.array([2.0]))
+    codec.set_result(np.array([3.0]), lambda old, new: new)
+    assert codec.take_result() == [3.0]
+    codec.set_result(np.array([4.0]))  # another step
+    assert codec.take_result() == [4.0]
 
 
 def test_instances_do_not_share_results():

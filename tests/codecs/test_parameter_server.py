@@ -84,7 +84,7 @@ async def test_sync_a_block_s_second_copy_counts_once(workers, redundancy, seed)
 
 async def test_sync_redundancy_makes_up_for_a_worker_that_computes_nothing():
     cluster = LocalCluster(ParameterServer, workers=3, redundancy=2, initial=[1.0])
-    results = await cluster.step({0: {0: 1.0, 1: 2.0}, 1: {0: 1.0, 2: 6.0}})
+    results = await cluster.step({0: {0: 1.0, 1: 2.0}, 1: {0: 1.0, 2: 6.0}, 2: None})
     assert results == {worker: [3.0] for worker in range(3)}
 
 

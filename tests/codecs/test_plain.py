@@ -62,7 +62,7 @@ async def test_redundant_copies_count_once(workers, redundancy, seed):
 async def test_with_redundancy_nobody_waits_for_a_worker_that_computes_nothing():
     cluster = LocalCluster(Plain, workers=3, redundancy=2)  # blocks 01, 02, 12
     with pytest.raises(JobFailedError, match="missing: node 2 in step 0"):
-        await cluster.step({0: {0: 1.0, 1: 2.0}, 1: {0: 1.0, 2: 6.0}})
+        await cluster.step({0: {0: 1.0, 1: 2.0}, 1: {0: 1.0, 2: 6.0}, 2: None})
     assert cluster.results == [{0: [3.0], 1: [3.0]}]
 
 
@@ -96,7 +96,7 @@ async def test_with_a_lossy_compressor_all_workers_still_agree(seed):
 
 async def test_what_is_sent_is_the_compressor_s_payload_one_stream_per_block():
     cluster = LocalCluster(Plain, workers=3, redundancy=2, compressor=Rounding)
-    await cluster.step({0: [0.3], 1: [0.3], 2: [0.3]})
+    await cluster.run(lambda step, block: [0.3], steps=1)
     assert {one.content["value"]["units"].item() for one in cluster.sent} == {1}
     streams = [set(cluster.codecs[node].ctx.compressor.errors) for node in range(3)]
     assert all(found <= {"block 0", "block 1", "block 2"} for found in streams)
@@ -112,6 +112,16 @@ async def test_async_every_worker_ends_with_the_sum_of_all_means(seed, redundanc
         total = sum(step[worker] for step in results if step[worker] is not None)
         assert total == [2.0 * sum(4.0**step for step in range(5))]
     assert all(not codec.incomplete for codec in cluster.codecs.values())
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_async_every_worker_ends_with_the_newest_mean_of_weights(seed):
+    cluster = LocalCluster(Plain, workers=3, mode="async", exchange="weights", seed=seed)
+    results = await cluster.run(lambda step, block: [10.0 * step + block], steps=5)
+    for worker in range(3):
+        taken = [step[worker] for step in results if step[worker] is not None]
+        assert taken[-1] == [41.0]
+        assert {one.item() for one in taken} <= {1.0, 11.0, 21.0, 31.0, 41.0}
 
 
 async def test_values_are_not_held_longer_than_their_step():

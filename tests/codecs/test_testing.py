@@ -1,3 +1,4 @@
+import asyncio
 import itertools
 from dataclasses import dataclass
 from enum import IntEnum
@@ -6,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from aiosgd.codecs import testing
 from aiosgd.codecs.base import SERVER, WORKERS, Codec, Envelope
 from aiosgd.codecs.local import Local
 from aiosgd.codecs.plain import Plain
@@ -35,7 +37,7 @@ class Recorder(Codec):
         heard = self.heard.setdefault(step, set())
         heard.add(node)
         if heard == set(self.ctx.workers):
-            self.set_result(np.float32(step))
+            self.set_result([np.float32(step)])
 
 
 # a ring that passes values on: the acceptance test of what a hook may do
@@ -203,16 +205,59 @@ async def test_a_step_can_be_played_by_hand():
     with pytest.raises(LookupError, match=r"\(1, 0\) is not pending; pending are \[\(0, 1\)\]"):
         await cluster.deliver(1, 0)
     with pytest.raises(LookupError, match=r"nodes \[1\] have not finished"):
-        cluster.begin({})
+        cluster.begin({0: [1.0], 1: [3.0]})
     await cluster.finish()
     assert cluster.results == [{0: [2.0], 1: [2.0]}]
     assert cluster.pending == []
 
 
 async def test_values_are_given_per_worker_or_per_block():
-    cluster = LocalCluster(Local, workers=3, redundancy=2)  # blocks 01, 02, 12
-    results = await cluster.step({0: {0: 1.0, 1: 3.0}, 1: 5.0, 2: {2: 7.0, 1: 9.0}})
-    assert results == {0: [2.0], 1: [5.0], 2: [8.0]}
+    cluster = LocalCluster(Local, owners=[(0,), (1,), (0,)])
+    assert await cluster.step({0: {2: 3.0, 0: 1.0}, 1: 5.0}) == {0: [2.0], 1: [5.0]}
+    assert await cluster.step({0: {0: 2.0, 2: 4.0}, 1: {1: 6.0}}) == {0: [3.0], 1: [6.0]}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({0: {0: 1.0, 2: 1.0}}, r"worker 1 has values for blocks \[\]; expected \[1\], or None"),
+        ({0: {0: 1.0}, 1: 1.0}, r"worker 0 has values for blocks \[0\]; expected \[0, 2\]"),
+        ({0: {0: 1.0, 1: 1.0, 2: 1.0}, 1: 1.0}, r"worker 0 has .* \[0, 1, 2\]; expected \[0, 2\]"),
+        ({0: 1.0, 1: 1.0}, r"one value for worker 0, which computes blocks \[0, 2\]; expected {b"),
+        ({0: None, 1: 1.0, 2: 1.0}, r"values for workers \[2\]; expected \[0, 1\]"),
+        ({0: None, 1: 1.0, -1: 1.0}, r"values for workers \[-1\]; expected \[0, 1\]"),
+    ],
+)
+async def test_unknown_and_missing_workers_and_blocks_are_refused(values, message):
+    cluster = LocalCluster(Local, owners=[(0,), (1,), (0,)])
+    with pytest.raises(ValueError, match=f"^{message}"):
+        await cluster.step(values)
+    assert cluster.results == []
+
+
+async def test_a_worker_without_blocks_may_be_left_out():
+    cluster = LocalCluster(FirstWins, owners=[(0,)])
+    assert await cluster.step({0: [1.0]}) == {0: [1.0], 1: [1.0]}
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("seed", range(5))
+async def test_results_come_in_the_order_of_the_workers(seed, mode):
+    cluster = LocalCluster(FirstWins, workers=4, seed=seed, mode=mode)
+    for results in await cluster.run(lambda step, block: [1.0], steps=3):
+        assert list(results) == [0, 1, 2, 3]
+
+
+def test_the_exchange_is_the_codec_s_unless_given():
+    class Weights(Local):
+        exchange = "weights"
+
+    exchanges = [
+        LocalCluster(codec, servers=1, **facts).codecs[node].ctx.exchange
+        for codec, facts in ((Weights, {}), (Local, {}), (Weights, {"exchange": "updates"}))
+        for node in (0, -1)
+    ]
+    assert exchanges == ["weights"] * 2 + ["gradients"] * 2 + ["updates"] * 2
 
 
 async def test_owners_say_who_computes_what():
@@ -347,7 +392,10 @@ async def test_an_async_step_without_news_has_no_result():
 
 
 async def test_async_step_of_a_worker_without_blocks():
-    assert await LocalCluster(Pushes, mode="async").step({0: [1.0]}) == {0: None, 1: [1.0]}
+    assert await LocalCluster(Pushes, mode="async").step({0: [1.0], 1: None}) == {
+        0: None,
+        1: [1.0],
+    }
 
 
 # servers --------------------------------------------------------------------------------------
@@ -559,7 +607,7 @@ async def test_receivers_do_not_share_what_they_get():
     class Appends(Codec):
         async def update(self, block):
             if self.ctx.node == 0:
-                self.set_result(0)
+                self.set_result([0])
                 return Envelope(WORKERS, {"list": []})
             return None
 
@@ -568,7 +616,7 @@ async def test_receivers_do_not_share_what_they_get():
             self.set_result(message.content["list"])
 
     cluster = LocalCluster(Appends, workers=3)
-    assert await cluster.step({0: 0.0, 1: 0.0, 2: 0.0}) == {0: 0, 1: [1], 2: [2]}
+    assert await cluster.step({0: 0.0, 1: 0.0, 2: 0.0}) == {0: [0], 1: [1], 2: [2]}
     assert {str(one.content) for one in cluster.sent} == {"{'list': []}"}
 
 
@@ -578,9 +626,38 @@ async def test_a_result_of_another_shape_is_refused(result):
         async def update(self, block):
             self.set_result(result)
 
-    cluster = LocalCluster(WrongShape, initial=[0.0, 0.0])
-    with pytest.raises(CodecError, match=r"WrongShape on node . in step 0: set_result got shape"):
-        await cluster.step({0: 1.0, 1: 1.0})
+    for initial, value in (([0.0, 0.0], 1.0), ((), [0.0, 0.0])):
+        cluster = LocalCluster(WrongShape, initial=initial)
+        with pytest.raises(CodecError, match=r"WrongShape on node . in step 0: set_result got sha"):
+            await cluster.step({0: value, 1: value})
+
+
+class NeverReturns(Codec):
+    async def update(self, block):
+        if self.ctx.node == 1:
+            await asyncio.get_running_loop().create_future()
+
+
+async def test_a_hook_that_never_returns_is_named(monkeypatch):
+    monkeypatch.setattr(testing, "HOOK_LIMIT", 0.001)
+    cluster = LocalCluster(NeverReturns)
+    cluster.begin({0: 1.0, 1: 1.0})
+    await cluster.deliver(None, 0)
+    with pytest.raises(CodecError) as caught:
+        await cluster.deliver(None, 1)
+    assert str(caught.value) == (
+        "codec NeverReturns: update failed on node 1 in step 0: has not returned within 0.001 s"
+    )
+
+
+@pytest.mark.parametrize("error", [TimeoutError, SystemExit])
+async def test_a_hook_s_own_timeout_or_exit_is_told_as_such(error):
+    class GivesUp(Local):
+        async def update(self, block):
+            raise error("mine")
+
+    with pytest.raises(CodecError, match=f"in step 0: {error.__name__}: mine$"):
+        await LocalCluster(GivesUp, workers=1).step({0: 1.0})
 
 
 # the wire -------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ async def test_without_a_run_dir_nothing_is_left(monkeypatch, tmp_path):
 
 async def test_only_nodes_that_shall_take_code_are_told_so():
     run_dir = Path("x")
-    assert "--allow-code" in launchers._command(run_dir, allow_code=True)
-    assert "--allow-code" not in launchers._command(run_dir, allow_code=False)
+    assert "--allow-code" in launchers._command(run_dir, None, True)
+    assert "--allow-code" not in launchers._command(run_dir, None, False)
 
 
 async def test_a_file_in_the_current_folder_is_not_taken_for_a_module(local, monkeypatch, tmp_path):
@@ -85,7 +85,7 @@ async def test_a_node_that_does_not_start_is_reported_with_its_last_words(local,
 async def test_one_node_that_fails_is_not_waited_for_with_the_others(local, monkeypatch):
     scripts = {"worker-0": "import sys; sys.stdin.read()", "worker-1": "raise SystemExit('oh')"}
     monkeypatch.setattr(
-        launchers, "_command", lambda path, **_: [sys.executable, "-c", scripts[path.name]]
+        launchers, "_command", lambda path, *_: [sys.executable, "-c", scripts[path.name]]
     )
     async with asyncio.timeout(launchers.START_TIMEOUT / 2):
         with pytest.raises(ClusterError, match="did not start: oh"):
@@ -130,8 +130,7 @@ async def test_what_nodes_print_is_passed_on_by_name(local, monkeypatch):
 async def test_last_words_are_heard(local, monkeypatch):
     scripted(
         monkeypatch,
-        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit('bye')); "
-        f"{LISTENS} sys.stdout.flush(); signal.pause()",
+        f"import sys; {LISTENS} sys.stdout.flush(); sys.stdin.read(); sys.exit('bye')",
     )
     heard = []
     async with local.launch(1, 0, printed=lambda *line: heard.append(line)):

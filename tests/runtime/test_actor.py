@@ -416,6 +416,21 @@ async def leaving(self, *_):
     raise SystemExit(3)
 
 
+async def interrupting(self, *_):
+    raise KeyboardInterrupt
+
+
+async def twice(self, *_):
+    self.ctx.exchange = "weights"
+    self.set_result(TWO)
+    self.set_result(TWO)
+
+
+def here(hook, lines=1):
+    """Return how a message names the place that many lines below the head of a hook."""
+    return f" (test_actor.py:{hook.__code__.co_firstlineno + lines})"
+
+
 async def cancelling(self, *_):
     raise asyncio.CancelledError("on its own")
 
@@ -433,8 +448,8 @@ async def no_numbers(self, *_):
 
 
 BROKEN = [
-    (raising, "ZeroDivisionError: by nothing"),
-    (raising_late, "KeyError: 'gone'"),
+    (raising, "ZeroDivisionError: by nothing" + here(raising)),
+    (raising_late, "KeyError: 'gone'" + here(raising_late, 2)),
     (not_async, "TypeError: is not `async def`: it returned Envelope"),
     (number, "TypeError: returned int; expected None, Envelope or several"),
     (mixed, "TypeError: gave str; expected an Envelope"),
@@ -442,8 +457,14 @@ BROKEN = [
     (to_nobody, "ValueError: sends to node 7, which the job does not have"),
     (to_server, "ValueError: sends to SERVER, but the job has no server"),
     (to_text, "ValueError: sends to '1'; expected a node id, ids, SERVER or WORKERS"),
-    (leaving, "SystemExit: 3"),
-    (cancelling, "CancelledError: on its own"),
+    (leaving, "SystemExit: 3" + here(leaving)),
+    (interrupting, "KeyboardInterrupt" + here(interrupting)),
+    (
+        twice,
+        "ValueError: a second result in one step: weights are not added; give an operation, such "
+        "as lambda old, new: new" + here(twice, 3),
+    ),
+    (cancelling, "CancelledError: on its own" + here(cancelling)),
     (wrong_shape, "ValueError: set_result got shape (3,); expected (2,)"),
     (scalar, "ValueError: set_result got shape (); expected (2,)"),
     (no_numbers, "ValueError: could not convert string to float: 'done'"),
@@ -463,6 +484,26 @@ async def test_the_error_of_a_broken_hook_names_codec_hook_node_step_and_cause(
     else:
         desk.actor.rescue(0)
     assert await desk.error() == f"codec Broken: {hook} failed on node 0 in step {where}: {why}"
+
+
+async def test_the_error_names_the_innermost_place_in_the_codec_s_own_file():
+    class Deep(Quiet):
+        async def update(self, block):
+            self.fail(np.zeros(2))
+
+        def fail(self, value):
+            value.reshape(3)
+            np.broadcast_to(value, (3, 3))
+
+    desk = Desk(Deep)
+    desk.block()
+    error = await desk.error()
+    assert "ValueError: cannot reshape" in error
+    assert error.endswith(here(Deep.fail))
+    Deep.__module__ = "elsewhere"
+    desk = Desk(Deep)
+    desk.block()
+    assert (await desk.error()).endswith("into shape (3,)")
 
 
 async def test_the_error_names_the_step_that_the_hook_was_called_for():
@@ -515,7 +556,7 @@ async def test_content_that_cannot_be_sent_is_the_codec_s_fault_but_a_lost_peer_
         await desk.actor.run()
 
 
-@pytest.mark.parametrize("error", [ValueError, SystemExit])
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
 def test_the_error_of_start_names_the_codec_and_that_of_stop_is_logged(error):
     class Rough(Quiet):
         def start(self):
@@ -524,14 +565,19 @@ def test_the_error_of_start_names_the_codec_and_that_of_stop_is_logged(error):
         def stop(self):
             raise error("not done")
 
+    spots = here(Rough.start), here(Rough.stop)
     with pytest.raises(CodecError) as caught:
         Desk(Rough)
-    expected = f"codec Rough: start failed on node 0 in step 0: {error.__name__}: not ready"
+    expected = (
+        f"codec Rough: start failed on node 0 in step 0: {error.__name__}: not ready{spots[0]}"
+    )
     assert str(caught.value) == expected
     Rough.start = Quiet.start
     lines = []
     Desk(Rough).actor.stop(lines.append)
-    assert lines == [f"codec Rough: stop failed on node 0 in step 0: {error.__name__}: not done"]
+    assert lines == [
+        f"codec Rough: stop failed on node 0 in step 0: {error.__name__}: not done{spots[1]}"
+    ]
 
 
 async def test_cancelling_the_actor_ends_a_hook_as_usual():
@@ -551,6 +597,20 @@ async def test_cancelling_the_actor_ends_a_hook_as_usual():
     await asyncio.wait([task])
     assert task.cancelled()
     assert desk.codec.cleaned
+
+
+async def test_an_actor_that_is_closed_in_a_hook_ends_without_an_error():
+    class Waiting(Quiet):
+        async def update(self, block):
+            await asyncio.get_running_loop().create_future()
+
+    desk = Desk(Waiting)
+    desk.block()
+    run = desk.actor.run()
+    run.send(None)
+    assert desk.actor.call is not None
+    run.close()
+    assert desk.actor.call is None
 
 
 # rescue ---------------------------------------------------------------------------------------
@@ -665,7 +725,9 @@ async def test_overdue_names_the_group_s_server_if_there_is_one():
     assert "waiting for nodes: -2; heard" in desk.actor.overdue(0, 1.0)
     desk.message(0, sender=-2)
     await desk.play()
-    assert "waiting for nodes: nobody in particular; heard" in desk.actor.overdue(0, 1.0)
+    assert desk.actor.overdue(0, 1.0).endswith(
+        "no result within 1 s; set_result was not called; heard in this step from nodes: -2"
+    )
 
 
 async def test_a_stuck_hook_is_named():

@@ -8,7 +8,6 @@ from aiosgd.runtime.job import (
     ENDS,
     MOVES,
     STAGES,
-    UNHEARD,
     Begin,
     Cancel,
     Enter,
@@ -256,12 +255,12 @@ def test_epochs_are_judged_one_by_one():
 def test_a_seat_follows_the_orders_of_the_table_and_no_others(seat, order):
     member = Member(seat, "job-a" if seat is not Seat.FREE else "")
     if (seat, order) in MOVES:
-        member.follow("job-a", order, 1.0, "noon")
+        member.follow("job-a", order, "noon")
         assert member.seat is MOVES[seat, order]
         assert member.job_id == ("" if member.seat is Seat.FREE else "job-a")
     else:
         with pytest.raises(ValueError, match="out of turn"):
-            member.follow("job-a", order, 1.0)
+            member.follow("job-a", order)
         assert member.seat is seat
 
 
@@ -273,14 +272,6 @@ def test_another_job_is_told_that_the_node_is_busy(seat, order):
 
 def test_a_repeated_question_gets_the_same_answer():
     member = Member()
-    member.follow("job-a", Order.CAN_COMMIT, 0.0, "noon")
-    member.follow("job-a", Order.CAN_COMMIT, 1.0, "later")
+    member.follow("job-a", Order.CAN_COMMIT, "noon")
+    member.follow("job-a", Order.CAN_COMMIT, "later")
     assert (member.seat, member.since) == (Seat.PROMISED, "noon")
-
-
-@pytest.mark.parametrize("seat", Seat)
-def test_only_a_job_that_has_not_started_is_abandoned(seat):
-    member = Member(seat, "job-a", heard=100.0)
-    waiting = seat in (Seat.PROMISED, Seat.PREPARED, Seat.LINKED)
-    assert member.abandoned(100.0 + UNHEARD) is False
-    assert member.abandoned(100.0 + UNHEARD + 0.1) is waiting

@@ -123,7 +123,7 @@ async def test_a_node_that_is_taken_says_by_whom_and_keeps_its_job(running):
         assert (await second.order("abort", JOB))["report"] == "aborted"
         second.send({"order": "release", "job_id": JOB})
         stranger = await second.order("prepare", JOB, **assignment(address))
-        assert stranger["reason"] == "another submitter leads this job"
+        assert f"busy with job {JOB} of another link" in stranger["reason"]
         second.link.close()
         await second.closed.wait()
         assert (await first.order("prepare", **assignment(address)))["report"] == "prepared"
@@ -189,23 +189,112 @@ async def test_nothing_of_a_job_lives_on_after_its_submitter_left(running):
     assert asyncio.all_tasks() == before
 
 
-async def test_a_submitter_that_falls_silent_before_the_start_loses_the_node(running, monkeypatch):
+async def test_a_submitter_that_falls_silent_loses_the_node(running):
     async with running() as (own, address), Submitter(address) as submitter:
         await submitter.order("can_commit", **QUESTION)
-        now = own.now()
-        monkeypatch.setattr(own, "now", lambda: now + 9)
-        own._tick()
-        assert own.member.seat is Seat.PROMISED
-        monkeypatch.setattr(own, "now", lambda: now + 11)
-        own._tick()
-        refused = await submitter.order("prepare", **assignment(address))
-        assert "out of turn" in refused["reason"]
-        async with Submitter(address) as other:
-            assert (await other.order("can_commit", OTHER_JOB, **QUESTION))["report"] == "vote"
-            submitter.link.close()
+        (control,) = own._controls
+        now = asyncio.get_running_loop().time()
+        for second in range(6):  # heartbeats that hear nothing
+            assert own.member.seat is Seat.PROMISED
+            control.mesh.beat(now + second)
+        await submitter.closed.wait()
+        await free(own, address)
+
+
+async def test_code_that_was_not_announced_is_refused(running, tmp_path):
+    trap = tmp_path / "trap"
+    source = f"open({str(trap)!r}, 'w')".encode()
+    here = tmp_path / "mine.py"
+    here.write_bytes(source)
+    for name, brought in (("x.py:C", True), (f"{here}:C", False), (f"{here}:C", True)):
+        async with running() as (_own, address), Submitter(address) as submitter:
+            await submitter.order("can_commit", **QUESTION)
+            order = assignment(address)
+            order["job"]["codec"] = name
+            order["sources"] = [[name, np.frombuffer(source, np.uint8)]] if brought else []
+            failed = await submitter.order("prepare", **order)
+            assert failed["report"] == "failed"
+            assert "which this node does not take; start it with --allow-code" in failed["reason"]
+            assert not trap.exists()
+
+
+async def test_a_job_may_bring_just_the_files_that_it_names(running, tmp_path):
+    here = tmp_path / "mine.py"
+    here.write_text("raise RuntimeError")
+    async with running(allow_code=True) as (_own, address), Submitter(address) as submitter:
+        await submitter.order("can_commit", **QUESTION)
+        order = assignment(address)
+        order["job"]["codec"] = f"{here}:C"  # a path on the node, not a file that was sent
+        failed = await submitter.order("prepare", **order)
+        assert failed["report"] == "failed"
+        assert "but brings []" in failed["reason"]
+
+
+async def test_a_job_is_not_taken_from_who_leads_it(running):
+    async with running() as (_own, address), Submitter(address) as first:
+        await first.order("can_commit", **QUESTION)
+        async with Submitter(address) as second:
+            refused = await second.order("can_commit", JOB, **{**QUESTION, "files": [["x"]]})
+            assert f"busy with job {JOB} of another link" in refused["reason"]
+        assert (await first.order("prepare", **assignment(address)))["report"] == "prepared"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"order": "file"},
+        {"order": "file", "sha256": "0" * 64, "data": [1, 2]},
+        {"order": "file", "sha256": 7, "data": 10**13},
+        {"order": "verdict", "epoch": "x"},
+        {"order": "can_commit", "node": 0},
+        {"order": "prepare"},
+        {"order": "prepare", "job": 3, "node": {}, "addresses": 1, "token": None, "sources": 5},
+    ],
+    ids=str,
+)
+async def test_a_malformed_order_harms_only_its_sender(running, content):
+    async with running() as (own, address):
+        async with Submitter(address) as submitter:
+            await submitter.order("can_commit", **QUESTION)
+            submitter.send({"job_id": JOB, **content})
+            submitter.send({"order": "release", "job_id": JOB})
+        await free(own, address)
+
+
+async def test_a_job_id_that_is_none_ends_the_link(running):
+    async with running() as (own, address):
+        for job_id in ("../up", "\0" * 30_000):
+            async with Submitter(address) as submitter:
+                submitter.send({"order": "can_commit", "job_id": job_id, **QUESTION})
+                await submitter.closed.wait()
+        await free(own, address)
+
+
+async def test_an_order_before_the_end_of_the_last_is_refused(running):
+    async with running() as (_own, address), Submitter(address) as submitter:
+        await submitter.order("can_commit", **QUESTION)
+        submitter.send({"order": "prepare", "job_id": JOB, **assignment(address)})
+        refused = await submitter.order("link")
+        assert refused["reason"] == "link came before the last order's end"
+        assert (await submitter.report())["report"] == "prepared"
+
+
+async def test_a_stranger_may_not_send_much(running):
+    async with running() as (own, address):
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(encode(np.zeros(1000), Kind.HELLO).buffers[0])
+        assert await reader.read() == b""
+        writer.close()
+        await free(own, address)
+
+
+async def test_submitters_without_a_job_are_limited(running, monkeypatch):
+    monkeypatch.setattr(node, "PENDING_LIMIT", 3)
+    async with running() as (own, address):
+        idle = [await Submitter(address).__aenter__() for _ in range(3)]
+        await free(own, address)
+        for submitter in idle:
             await submitter.closed.wait()
-            again = await other.order("prepare", OTHER_JOB, **assignment(address))
-            assert again["report"] == "prepared"
 
 
 async def test_a_node_that_is_stopped_tells_its_submitter(running):
@@ -230,7 +319,6 @@ async def test_a_node_that_is_stopped_tells_its_submitter(running):
         ({"plugins": [["soup", "plain", "x", "1"]]}, "KeyError: 'soup'"),
         ({"files": [["x", "../../etc/passwd", 1]]}, "is no sha256"),
         ({"node": "0/../../x"}, "ValueError"),
-        ({"job_id": "../up"}, "job id is '../up'"),
     ],
 )
 async def test_a_node_that_cannot_take_a_job_says_why_and_stays_free(

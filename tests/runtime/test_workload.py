@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import sys
+import traceback
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from aiosgd.codecs.base import Codec
 from aiosgd.codecs.fedavg import FedAvg, FedAvgServer
 from aiosgd.codecs.parameter_server import ParameterServer, Server
 from aiosgd.codecs.plain import Plain
-from aiosgd.errors import ConfigError, PluginLoadError, PluginNotFoundError
+from aiosgd.errors import CodecError, ConfigError, PluginLoadError, PluginNotFoundError
 from aiosgd.plugins.datasets import Data, Synthetic
 from aiosgd.runtime import workload
 from aiosgd.runtime.config import JobConfig
@@ -86,6 +87,38 @@ def test_a_mode_that_the_server_half_is_not_made_for_is_refused(write):
     path = write("from aiosgd.codecs.fedavg import FedAvgServer as Half")
     options = {"codec": "parameter_server", "mode": "async", "server_codec": f"{path}:Half"}
     assert refusal(options).startswith(f"server codec '{path}:Half' is not made for mode 'async'")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "exchange = 'gradient'",
+            "exchange is 'gradient'; expected 'gradients' or 'updates' or 'weights'",
+        ),
+        ("exchange = ['weights']", "exchange is ['weights']; expected 'gradients' or"),
+        ("modes = 'sync'", "modes is 'sync'; expected a tuple of 'sync' and 'async'"),
+        ("modes = ('sync', 'asynch')", "modes is ('sync', 'asynch'); expected a tuple of"),
+        ("modes = ()", "modes is (); expected a tuple of"),
+        ("modes = None", "modes is None; expected a tuple of"),
+        ("modes = 3", "modes is 3; expected a tuple of"),
+    ],
+)
+def test_class_attributes_that_no_job_could_honour_are_refused(write, line, message):
+    path = write(f"from aiosgd.codecs.plain import Plain\nclass Mine(Plain):\n    {line}\n")
+    for options in ({"codec": f"{path}:Mine"}, {"codec": "fedavg", "server_codec": f"{path}:Mine"}):
+        with pytest.raises(PluginLoadError) as caught:
+            load_small(options)
+        assert str(caught.value).startswith(f"codec '{path}:Mine': {message}")
+
+
+def test_the_class_of_a_codec_s_own_server_half_is_checked_too():
+    class Half(Codec):
+        modes = ("synch",)
+
+    codecs = workload.Codecs(codec=ParameterServer, server_codec=Half)
+    with pytest.raises(PluginLoadError, match=r"^codec 'Half': modes is \('synch',\)"):
+        workload._check_codec(JobConfig(codec="parameter_server"), codecs)
 
 
 def test_a_compressor_without_effect_is_refused():
@@ -302,7 +335,47 @@ def test_a_codec_knows_its_place():
     assert ctx.shapes == {"bias0": (4,)}
     assert ctx.initial.shape == (4,)
     assert ctx.logger is print
+    assert ctx.exchange == "gradients"
+    load = load_small({"codec": "fedavg", "exchange": "updates"})
+    assert make(load, 0).ctx.exchange == make(load, -1).ctx.exchange == "updates"
     assert make(load, 1, servers=()).ctx.server is None
+
+
+@pytest.mark.parametrize(
+    ("init", "cause"),
+    [
+        (
+            "def __init__(self, n): pass",
+            r"TypeError: .*missing 1 required positional argument: 'n'",
+        ),
+        ("def __init__(self): 1 / 0", "ZeroDivisionError: division by zero"),
+        ("def __init__(self): raise SystemExit(4)", "SystemExit: 4"),
+    ],
+)
+def test_a_codec_that_cannot_be_made_says_why(write, init, cause):
+    path = write(f"from aiosgd.codecs.plain import Plain\nclass Mine(Plain):\n    {init}\n")
+    load = load_small({"codec": f"{path}:Mine", "server_codec": "plain"})
+    hint = r"; a codec takes no arguments: it prepares itself in start\(\)$"
+    with pytest.raises(CodecError, match=f"^codec Mine cannot be made on node 1: {cause}{hint}"):
+        make(load, 1)
+    assert make(load, -1)
+
+
+def test_a_codec_in_the_older_form_that_cannot_be_made_says_why(write):
+    path = write(
+        "from aiosgd import legacy\n"
+        "class Mine(legacy.Codec):\n    def __init__(self, node_id): 1 / 0\n"
+    )
+    with pytest.raises(CodecError) as caught:
+        make(load_small({"codec": f"{path}:Mine"}), 1)
+    expected = "codec Mine cannot be made on node 1: ZeroDivisionError: division by zero"
+    assert str(caught.value) == expected
+
+
+def test_a_worker_s_codec_without_update_is_told_so_as_it_is(write):
+    path = write("from aiosgd import Codec\nclass Mine(Codec):\n    pass\n")
+    with pytest.raises(CodecError, match=r"^codec Mine has no update\(block\)"):
+        make(load_small({"codec": f"{path}:Mine"}), 1)
 
 
 def test_groups_are_dealt_out_among_the_servers():
@@ -378,6 +451,23 @@ def test_a_server_half_comes_from_a_file(write):
 def test_the_file_may_be_elsewhere_on_this_machine(write):
     path = write(SOURCE, "codec_0.py")
     assert load_file("there/mine.py:Mine", {"there/mine.py:Mine": path}).__name__ == "Mine"
+
+
+async def test_tracebacks_name_the_file_as_the_user_does(write):
+    path = write(SOURCE.replace("self.set_result(block.value)", "1 / 0"), "codec_0.py")
+    codec = load_file("there/mine.py:Mine", {"there/mine.py:Mine": path})
+    with pytest.raises(ZeroDivisionError) as caught:
+        await codec().update(None)
+    frame = traceback.extract_tb(caught.value.__traceback__)[-1]
+    line = 1 + SOURCE.splitlines().index("        self.set_result(block.value)")
+    assert (frame.filename, frame.lineno) == ("there/mine.py", line)
+
+
+def test_a_file_without_a_class_is_refused():
+    assert refusal({"codec": "ring.py"}) == (
+        "codec 'ring.py' names no class; expected FILE.py:CLASS"
+    )
+    assert refusal({"server_codec": "a/ring.py"}).startswith("codec 'a/ring.py' names no class")
 
 
 def test_files_of_one_name_do_not_get_in_each_other_s_way(write, tmp_path):
