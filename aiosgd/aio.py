@@ -173,7 +173,7 @@ def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_kept_code(job: JobConfig, copies: Mapping[str, str], folder: Path) -> JobConfig:
     """Return the job with the run's copies in the place of source files that are gone."""
-    changes = {}
+    changes: dict[str, Any] = {}
     for kind in ("codec", "server_codec"):
         path, _, class_name = (getattr(job, kind) or "").rpartition(":")
         copy = folder / copies.get(f"{path}:{class_name}", "")

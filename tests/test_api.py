@@ -1,9 +1,12 @@
 """The Python calls: synchronous, in a notebook, and as coroutines."""
 
 import asyncio
+import functools
+import importlib
 import inspect
 import os
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -11,8 +14,10 @@ import pytest
 
 import aiosgd
 from aiosgd import aio, api
+from aiosgd.codecs.fedavg import FedAvg, FedAvgServer
 from aiosgd.errors import ClusterError, ConfigError, JobCancelledError
 from aiosgd.runtime import results
+from aiosgd.runtime.config import make_job
 
 pytestmark = pytest.mark.usefixtures("no_process_left")
 
@@ -96,6 +101,131 @@ def test_the_data_dir_may_be_text(cluster, runs, tmp_path):
         output=runs,
     )
     assert result.summary.state == "done"
+
+
+# Codecs as classes ----------------------------------------------------------------------------
+
+SOURCE = (
+    "from aiosgd import Codec\n\nclass Mine(Codec):\n    async def update(self, block):\n"
+    "        self.set_result(block.value * np.float32(self.ctx.rng.random()))\n\nimport numpy as np\n"
+)
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "mine_for_test.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("mine_for_test").Mine
+    del sys.modules["mine_for_test"]
+
+
+def test_a_class_of_a_file_is_a_codec(mine, cluster, runs, tmp_path):
+    named = f"{tmp_path}/mine_for_test.py:Mine"
+    for call in (aiosgd.run, functools.partial(aiosgd.submit, cluster)):
+        result = call(codec=mine, workers=2, max_steps=4, output=runs)
+        check(result)
+        assert results.read_job(result.folder).codec == named
+
+
+def test_a_class_of_a_plugin_is_that_plugin(cluster, runs):
+    options = {"codec": FedAvg, "server_codec": FedAvgServer, "max_steps": 1, "output": runs}
+    with pytest.raises(ConfigError, match=r"codec\.turn is 'x'"):
+        aiosgd.run(**options, codec_params={"turn": "x"})
+    result = aiosgd.submit(cluster, codec=FedAvg, max_steps=1, output=runs)
+    assert results.read_job(result.folder).codec == "fedavg"
+
+
+def test_a_class_that_nodes_cannot_find_is_refused(runs):
+    class Here(aiosgd.Codec):
+        async def update(self, block):
+            return None
+
+    names = {"__name__": "nowhere"}
+    exec(SOURCE, names)
+    for codec, name in ((Here, "Here"), (names["Mine"], "Mine")):
+        with pytest.raises(ConfigError, match=rf"^codec .*{name}.*put the class into a file or a"):
+            aiosgd.run(codec=codec, output=runs)
+    with pytest.raises(ConfigError, match="server_codec is <class 'int'>; expected a name or a"):
+        aiosgd.run(server_codec=int, output=runs)
+    assert not runs.exists()
+
+
+# Once more from job.toml ----------------------------------------------------------------------
+
+
+def same(first, second):
+    assert first.parameters.keys() == second.parameters.keys()
+    for name, value in first.parameters.items():
+        assert np.array_equal(value, second.parameters[name])
+
+
+def test_a_run_is_repeated_from_its_job_file(mine, runs, tmp_path):
+    options = {"workers": 3, "max_steps": 3, "seed": 5, "learning_rate": 0.3, "batch_size": 8}
+    model = {"model_params": {"hidden": [7]}, "output": runs}
+    first = aiosgd.run(codec=f"{tmp_path}/mine_for_test.py:Mine", **options, **model)
+    (tmp_path / "mine_for_test.py").unlink()
+    second = aiosgd.run(job_file=first.folder / "job.toml")
+    assert second.folder != first.folder
+    assert second.folder.parent == runs
+    same(first, second)
+    assert results.read_job(second.folder).codec == f"{first.folder}/code/mine_for_test.py:Mine"
+    third = aiosgd.run(job_file=str(second.folder / "job.toml"), seed=6, output=tmp_path / "other")
+    assert third.folder.parent == tmp_path / "other"
+    assert any((third.parameters[n] != first.parameters[n]).any() for n in first.parameters)
+
+
+def test_a_job_on_a_whole_cluster_is_repeated_on_as_many_nodes(cluster, write_cluster, runs):
+    first = aiosgd.submit(cluster, codec="fedavg", max_steps=4, output=runs)
+    other = write_cluster(cluster, "[job]\nepochs = 3\nmax_steps = 1\n")
+    second = aiosgd.submit(other, job_file=first.folder / "job.toml")
+    assert second.summary.nodes == first.summary.nodes == 5
+    assert second.summary.steps == 4
+    same(first, second)
+
+
+def job_of(job_file, sets=(), **options):
+    return aio._make_job(options, sets, job_file, workers=2)
+
+
+def test_what_belongs_to_a_replaced_plugin_is_not_taken_from_a_job_file(tmp_path):
+    earlier = make_job(
+        {
+            "codec": "fedavg",
+            "workers": 4,
+            "servers": 1,
+            "codec_params": {"turn": 3},
+            "model_params": {"hidden": [7], "activation": "relu"},
+            "compute": {"slow": {"0": 2.0}},
+        }
+    )
+    results.write_job(tmp_path, earlier, {})
+    path = tmp_path / "job.toml"
+    assert job_of(path) == earlier
+    assert job_of(path, codec="fedavg", workers=None) == earlier
+    other = job_of(path, codec="plain")
+    assert (other.codec_params, other.servers, other.workers) == ({}, None, 4)
+    assert job_of(path, sets=("codec=plain",)) == other
+    assert job_of(path, sets=(" job.codec = plain",)) == other
+    assert other.model_params == earlier.model_params
+    merged = job_of(path, ("model.activation=tanh",), compute={"slow": {"1": 3.0}}, workers=3)
+    assert merged.model_params == {"hidden": [7], "activation": "tanh"}
+    assert merged.compute.slow == {"0": 2.0, "1": 3.0}
+    assert merged.workers == 3
+
+
+def test_a_job_file_that_is_none_is_refused(tmp_path, cluster):
+    path = tmp_path / "job.toml"
+    for text, reason in (
+        (None, "cannot be read"),
+        ("workers = []\n", r"has no \[job\]"),
+        ("[job]\nepochs = 0\n", r"job\.toml: job\.epochs is 0"),
+        ("[job]\nepoch = 1\n", "epoch"),
+        ("[job]\nworkers = 9\n", "workers is 9; expected at most 4"),
+    ):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ConfigError, match=reason):
+            aiosgd.submit(cluster, job_file=path)
 
 
 # Cancelling -----------------------------------------------------------------------------------

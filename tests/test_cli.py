@@ -328,6 +328,83 @@ def test_a_codec_that_raises_fails_the_run(command, tmp_path):
     assert "Traceback" not in done.err
 
 
+STUBBORN = """
+import asyncio
+from aiosgd import Codec
+
+class Stubborn(Codec):
+    async def update(self, block):
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except BaseException:
+                pass
+"""
+
+
+@pytest.mark.slow
+@with_processes
+def test_a_hook_that_cannot_be_cancelled_does_not_hold_up_the_run(command, tmp_path):
+    (tmp_path / "mine.py").write_text(STUBBORN)
+    done = command("run", "--codec", "mine.py:Stubborn", "--step-timeout", 0.5)
+    assert done.code == 1
+    assert "codec Stubborn on node" in done.err.splitlines()[-1]
+    assert "update has not returned" in done.err.splitlines()[-1]
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert results.read_summary(folder).state == "failed"
+
+
+@with_processes
+def test_a_second_interruption_leaves_at_once(start_command, tmp_path):
+    (tmp_path / "mine.py").write_text(STUBBORN)
+    running = start_command("run", "--codec", "mine.py:Stubborn", "--step-timeout", 100)
+    running.wait_for("running")
+    running.signal(signal.SIGINT)
+    running.wait_for("stopping")
+    running.signal(signal.SIGINT)
+    assert running.end() == 130
+    assert running.err.splitlines()[-1] == "aiosgd: interrupted; nodes may still be stopping"
+    assert "Traceback" not in running.err
+
+
+@with_processes
+def test_a_failed_run_keeps_what_there_was(command, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from aiosgd import Codec\n"
+        "class Mine(Codec):\n"
+        "    async def update(self, block):\n"
+        "        if block.step == 25 and self.ctx.node == 1: raise ValueError('enough')\n"
+        "        self.set_result(block.value)\n"
+    )
+    done = command("run", "--codec", "mine.py:Mine", "--epochs", 4)
+    assert done.code == 1
+    assert done.err.splitlines()[-1].count("ValueError: enough (mine.py:4)") == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    rows = results.read_table(folder, "train")
+    assert list(rows.step[rows.node == 1]) == list(range(25))
+    summary = results.read_summary(folder)
+    assert summary.state == "failed"
+    assert summary.samples == rows.samples.sum() > 0
+    assert summary.train_s > 0
+    assert results.read_parameters(folder)
+
+
+@with_processes
+def test_a_run_is_repeated_from_its_job_file(command, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from aiosgd.codecs.plain import Plain\nclass Mine(Plain):\n    pass\n"
+    )
+    assert command("run", "--codec", "mine.py:Mine", "--seed", 3, "--title", "one").code == 0
+    (first,) = (tmp_path / "runs").iterdir()
+    (tmp_path / "mine.py").unlink()  # the run folder has its copy
+    done = command("run", "--job", first / "job.toml", "--title", "two")
+    assert done.code == 0, done.err
+    (second,) = (folder for folder in (tmp_path / "runs").iterdir() if folder != first)
+    again = results.read_parameters(second)
+    for name, values in results.read_parameters(first).items():
+        assert values.tobytes() == again[name].tobytes()
+
+
 @with_processes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_leaves_no_node_behind(start_command, tmp_path, number):

@@ -85,3 +85,7 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("script", re.findall(r"python (tests/bench/\w+\.py)", README))
 def test_benchmarks_exist(script):
     assert (ROOT / script).exists()
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README

@@ -293,6 +293,7 @@ class Codec:
 
     Class attributes:
         exchange: what the blocks and results are, unless the job says otherwise.
+        exchanges: what they may be instead; a job that asks for something else is refused.
         modes: the modes that the codec is made for.
         server: the codec that servers run, if there is a server half.
         accepts_late: whether `receive` wants messages of steps that this node has left behind
@@ -303,6 +304,7 @@ class Codec:
     """
 
     exchange: ClassVar[Exchange] = "gradients"
+    exchanges: ClassVar[Sequence[Exchange]] = ("gradients", "updates", "weights")
     modes: ClassVar[Sequence[Mode]] = ("sync", "async")
     server: ClassVar[type[Codec] | None] = None
     accepts_late: ClassVar[bool] = False

@@ -63,6 +63,7 @@ class FedAvg(Codec):
     """
 
     exchange = "weights"
+    exchanges = ("weights",)
     modes = ("sync",)
     server = FedAvgServer
     Params = FedAvgParams

@@ -90,6 +90,7 @@ class ParameterServer(Codec):
     """
 
     exchange = "updates"
+    exchanges = ("updates",)
     server = Server
     compresses = True
     laws = frozenset({"mean", "consensus"})

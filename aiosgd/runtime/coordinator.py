@@ -747,7 +747,7 @@ def _array(value: Any, name: str, dtype: type[np.generic], size: int | None = No
 def _figures(values: Any) -> Figures | None:
     if values is None:
         return None
-    table = check_value(values, dict[str, Any], "figures")
+    table = {str(key): v for key, v in check_value(values, dict[Any, Any], "figures").items()}
     figures: Figures = make_dataclass(Figures, table, "figures", "a node")
     return figures
 

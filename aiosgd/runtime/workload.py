@@ -345,6 +345,11 @@ def _check_codec(job: JobConfig, codecs: Codecs) -> None:
     _check_mode(job, f"codec {job.codec!r}", codec)
     if server is not None:
         _check_mode(job, f"server codec {job.server_codec or server.__name__!r}", server)
+    if job.exchange and job.exchange not in codec.exchanges:
+        raise ConfigError(
+            f"codec {job.codec!r} cannot exchange {job.exchange!r}; it exchanges "
+            f"{' or '.join(map(repr, codec.exchanges))}"
+        )
     compresses = codec.compresses or (server is not None and server.compresses)
     if job.compressor != "none" and not compresses:
         raise ConfigError(

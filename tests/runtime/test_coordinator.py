@@ -1,20 +1,41 @@
 """The submitter's side, with nodes on the same loop."""
 
 import asyncio
+import hashlib
 import json
+import tomllib
 
 import numpy as np
 import pytest
 
 from aiosgd.aio import Silent
-from aiosgd.errors import ClusterError, CodecError, ConfigError, JobFailedError
+from aiosgd.errors import (
+    ClusterError,
+    CodecError,
+    ConfigError,
+    JobFailedError,
+    LocalProtocolError,
+    PluginNotFoundError,
+    RemoteProtocolError,
+)
+from aiosgd.plugins.trackers import Csv, Tracker
 from aiosgd.runtime import coordinator, results
 from aiosgd.runtime.config import Address, make_job
 from aiosgd.runtime.connection import Link, listen
-from aiosgd.runtime.coordinator import Request, choose_nodes, file_sources, run_job
+from aiosgd.runtime.coordinator import (
+    Coordinator,
+    Request,
+    choose_nodes,
+    code_files,
+    file_sources,
+    load_job,
+    run_job,
+)
 from aiosgd.runtime.frame import encode
 from aiosgd.runtime.hello import accept
-from aiosgd.runtime.job import Phase, Seat
+from aiosgd.runtime.job import Begin, Cancel, Phase, Report, Reported, Seat
+from aiosgd.runtime.mesh import Mesh
+from aiosgd.runtime.results import EVAL, TRAIN, Rows
 
 FIVE = [Address("node", port) for port in range(1, 6)]
 
@@ -83,6 +104,319 @@ def test_each_source_file_is_read_once(tmp_path):
     other = f"{tmp_path}/mine.py:B"
     both = file_sources(make_job({"codec": mine, "server_codec": other}))
     assert both == [(mine, b"text"), (other, b"text")]
+
+
+def test_each_copy_of_a_source_has_a_name_of_its_own():
+    job = make_job({"codec": "a/mine.py:A", "server_codec": "b/mine.py:B"})
+    assert code_files(job) == {"a/mine.py:A": "mine.py", "b/mine.py:B": "1-mine.py"}
+    job = make_job({"codec": "a/mine.py:A", "server_codec": "a/mine.py:B"})
+    assert set(code_files(job).values()) == {"mine.py"}
+
+
+def test_trackers_are_looked_up_before_any_node_is_spoken_to(tmp_path):
+    with pytest.raises(PluginNotFoundError, match="no tracker is named 'nonesuch'"):
+        load_job(make_job({"trackers": ("csv", "nonesuch")}), 1, tmp_path)
+
+
+# What nodes say -------------------------------------------------------------------------------
+
+
+def table(dtype, node, values):
+    """Columns of a table of one row per value, all fields alike."""
+    rows = Rows(dtype)
+    for value in values:
+        rows.append(node, *[value] * (len(dtype.names) - 1))
+    return rows.columns()
+
+
+def facts(size, node=0, **changes):
+    """Return what a node of a job of three steps collects."""
+    return {
+        "train": table(TRAIN, node, (0, 1, 2)),
+        "evaluations": table(EVAL, node, (0, 1)),
+        "log": np.frombuffer(b"log", np.uint8),
+        "weights": np.arange(size, dtype=np.float32) if node == 0 else None,
+        "figures": {
+            "samples": 192,
+            "train_s": 0.5,
+            "late": 0,
+            "bytes_sent": 10,
+            "bytes_received": 20,
+        },
+        **changes,
+    }
+
+
+class Recorder:
+    """The mesh to one node: records what is sent, and answers in this turn."""
+
+    def __init__(self):
+        self.sent, self.peers = [], []
+
+    def send(self, to, content):
+        self.sent.append(content)
+
+    def consumed(self, node):
+        pass
+
+    def orders(self):
+        return [content["order"] for content in self.sent]
+
+
+@pytest.fixture
+async def begun(tmp_path):
+    """A coordinator of two workers that has just begun to vote; nothing of it is on a network."""
+    asked = request(tmp_path, FIVE[:2])
+    nodes = choose_nodes(asked)
+    coordinator_ = Coordinator(asked, Silent(), nodes, *load_job(asked.job, 2, tmp_path))
+    coordinator_.folder = results.create_folder(tmp_path / "runs", coordinator_.job_id)
+    coordinator_._log, close_log = coordinator._submit_log(coordinator_.folder)
+    coordinator_._links = {node: Recorder() for node in nodes}
+    coordinator_._apply(Begin(0.0))
+    yield coordinator_
+    close_log()
+
+
+def say(job, node, report, **content):
+    job._deliver(node, {"report": report, "job_id": job.job_id, **content}, 1)
+
+
+def go_to(job, phase):
+    """Let both nodes report until the job is in that phase."""
+    size = job.load.model.size
+    while job.machine.phase is not phase:
+        report = {
+            Phase.VOTING: lambda node: ("vote", {"missing": []}),
+            Phase.PREPARING: lambda node: ("prepared", {}),
+            Phase.LINKING: lambda node: ("linked", {}),
+            Phase.RUNNING: lambda node: ("trained", {}),
+            Phase.FINISHING: lambda node: ("quiet", {"sent": 1, "consumed": 1}),
+            Phase.COLLECTING: lambda node: ("collected", facts(size, node)),
+        }[job.machine.phase]
+        for node in (0, 1):
+            name, content = report(node)
+            say(job, node, name, **content)
+
+
+def summary_of(job):
+    job._write()
+    return results.read_summary(job.folder)
+
+
+def log_of(job):
+    return (job.folder / "submit.log").read_text()
+
+
+async def test_what_was_collected_outlives_an_abort(begun):
+    go_to(begun, Phase.COLLECTING)
+    size = begun.load.model.size
+    say(begun, 0, "collected", **facts(size))
+    begun._lost(1, RemoteProtocolError("gone"))
+    say(begun, 0, "aborted", log=np.frombuffer(b"longer", np.uint8))
+    assert begun.machine.phase is Phase.FAILED
+    summary = summary_of(begun)
+    assert (summary.state, summary.steps, summary.samples) == ("failed", 3, 192)
+    assert (begun.folder / "nodes/0/node.log").read_text() == "longer"
+    assert (begun.folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+async def test_what_an_aborted_job_had_is_kept(begun, state):
+    go_to(begun, Phase.RUNNING)
+    if state == "failed":
+        say(begun, 1, "failed", reason="no memory")
+    else:
+        begun._ending = "cancelled"
+        begun._apply(Cancel(0.0))
+    size = begun.load.model.size
+    say(begun, 0, "aborted", **facts(size))
+    say(begun, 1, "aborted", log=np.frombuffer(b"short", np.uint8))
+    outcome = begun._write()
+    summary = results.read_summary(begun.folder)
+    assert (summary.state, summary.steps, summary.samples) == (state, 3, 192)
+    assert (summary.bytes_sent, summary.bytes_received) == (10, 20)
+    assert summary.per_node.keys() == {0}
+    assert summary.metrics == {"loss": 1.0, "accuracy": 1.0}
+    assert len(results.read_table(begun.folder, "train")) == 3
+    assert len(results.read_table(begun.folder, "eval")) == 2
+    kept = results.read_parameters(begun.folder)
+    assert sum(map(np.size, kept.values())) == size
+    assert outcome.parameters.keys() == kept.keys()
+    assert (begun.folder / "nodes/1/node.log").read_text() == "short"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"log": b"log"},
+        {"log": None},
+        {"log": np.zeros(3)},
+        {"weights": None},
+        {"weights": [0.0]},
+        {"weights": np.zeros(7, np.float32)},
+        {"weights": np.zeros(4810)},
+        {"weights": np.zeros((4810, 1), np.float32)},
+        {"train": {}},
+        {"train": 7},
+        {"train": None},
+        {"train": table(TRAIN, 1, (0,))},
+        {"evaluations": table(EVAL, -1, (0,))},
+        {"figures": None},
+        {"figures": 7},
+        {"figures": {}},
+        *(
+            {"figures": facts(0)["figures"] | change}
+            for change in (
+                {"samples": 1.5},
+                {"samples": -1},
+                {"train_s": "1"},
+                {"train_s": float("nan")},
+                {"late": None},
+                {"more": 1},
+                {7: 1},
+            )
+        ),
+    ],
+    ids=repr,
+)
+async def test_a_wrong_collection_fails_the_job_and_names_the_node(begun, wrong):
+    go_to(begun, Phase.COLLECTING)
+    size = begun.load.model.size
+    assert size == 4810
+    say(begun, 1, "collected", **facts(size, 1))
+    say(begun, 0, "collected", **facts(size, **wrong))
+    assert begun.machine.phase is Phase.STOPPING
+    (key,) = wrong
+    assert begun.machine.error.startswith("worker 0: it sent a report that makes no sense: ")
+    assert key in begun.machine.error or "node" in begun.machine.error
+    say(begun, 0, "aborted", log=7)
+    say(begun, 1, "aborted", log=np.zeros(0, np.uint8))
+    assert begun.machine.phase is Phase.FAILED
+    assert summary_of(begun).state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"report": "dance"}, "dance"),
+        ({"report": "vote"}, "missing is missing"),
+        ({"report": "vote", "missing": [1]}, r"missing\[0\] is 1"),
+        ({"report": "quiet", "sent": 1}, "consumed is missing"),
+        ({"report": "prepared", "reason": 7}, "reason is 7"),
+        ({"report": 7}, "no report of this job"),
+        ({"report": "vote", "job_id": "another", "missing": []}, "no report of this job"),
+        ({}, "no report of this job"),
+        ({"progress": {"node": 0}}, r"progress\.step"),
+        ({"evaluation": {"node": 1, "epoch": 0, "step": 0, "loss": 1, "accuracy": 1}}, "is 1"),
+    ],
+)
+async def test_a_report_that_makes_no_sense_fails_the_job_and_frees_the_nodes(
+    begun, content, reason
+):
+    begun._deliver(0, {"job_id": begun.job_id, **content}, 1)
+    assert begun.machine.phase is Phase.STOPPING
+    with pytest.raises(AssertionError, match=rf"worker 0: it sent .* no sense: .*{reason}"):
+        raise AssertionError(begun.machine.error)
+    assert [link.orders()[-1] for link in begun._links.values()] == ["abort", "abort"]
+    assert reason.replace("\\", "") in log_of(begun)
+
+
+# What goes wrong on this side -------------------------------------------------------------------
+
+
+async def test_an_order_that_cannot_be_sent_is_this_sides_fault(tmp_path, running, monkeypatch):
+    send = Mesh.send
+
+    def refuse(self, to, content):
+        if isinstance(content, dict) and content.get("order") == "prepare":
+            raise LocalProtocolError("metadata is too long")
+        return send(self, to, content)
+
+    monkeypatch.setattr(Mesh, "send", refuse)
+    async with running() as (node, address):
+        with pytest.raises(JobFailedError, match="failed: metadata is too long; logs") as caught:
+            await run_job(request(tmp_path, [address]), Silent())
+        assert node.member.seat is Seat.FREE
+    assert isinstance(caught.value.__cause__, LocalProtocolError)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert results.read_summary(folder).error == "metadata is too long"
+    assert (folder / "nodes/0/node.log").exists()
+
+
+@pytest.mark.parametrize("method", ["entered", "evaluated"])
+async def test_an_observer_that_breaks_is_not_blamed_on_a_node(tmp_path, running, method):
+    class Broken(Silent):
+        pass
+
+    def broken(self, *_):
+        raise ZeroDivisionError("by zero")
+
+    setattr(Broken, method, broken)
+    async with running() as (node, address):
+        with pytest.raises(JobFailedError, match="failed: ZeroDivisionError: by zero; logs"):
+            await run_job(request(tmp_path, [address], max_steps=1), Broken())
+        assert node.member.seat is Seat.FREE
+
+
+# What cannot be written -----------------------------------------------------------------------
+
+
+class Faulty(Tracker):
+    def write(self, table, rows):
+        raise RuntimeError("disk of another world")
+
+
+async def test_what_cannot_be_written_fails_the_job_but_nothing_else(
+    tmp_path, running, monkeypatch
+):
+    trackers = {"faulty": Faulty, "csv": Csv}
+    monkeypatch.setattr(coordinator.TRACKERS, "load", lambda name: trackers[name])
+    async with running() as (_, address):
+        asked = request(tmp_path, [address], max_steps=2, trackers=("faulty", "csv", "csv"))
+        with pytest.raises(JobFailedError, match=r"tracker 'faulty' could not .* another world"):
+            await run_job(asked, Silent())
+    (folder,) = (tmp_path / "runs").iterdir()
+    summary = results.read_summary(folder)
+    assert (summary.state, summary.steps) == ("failed", 2)
+    assert "disk of another world" in summary.error
+    assert "csv" not in summary.error
+    assert "disk of another world" in (folder / "submit.log").read_text()
+    assert len(results.read_table(folder, "train")) == 2
+    assert (folder / "model.safetensors").exists()
+    assert (folder / "nodes/0/node.log").exists()
+
+
+@pytest.mark.parametrize("writer", ["write_model", "write_node_log", "write_summary"])
+@pytest.mark.parametrize("error", [ConfigError("full"), OSError("full"), SystemExit("full")])
+async def test_each_writer_may_fail(begun, monkeypatch, writer, error):
+    def fail(*_):
+        raise error
+
+    go_to(begun, Phase.DONE)
+    monkeypatch.setattr(results, writer, fail)
+    outcome = begun._write()
+    with pytest.raises(JobFailedError, match=r"could not be written: .*full"):
+        begun._judge(outcome)
+    if writer != "write_summary":
+        assert results.read_summary(begun.folder).state == "failed"
+
+
+# The log --------------------------------------------------------------------------------------
+
+
+async def test_the_log_names_phase_and_node_and_each_quiet_node_once(begun):
+    go_to(begun, Phase.DONE)
+    lines = [line.split(" ", 3)[3] for line in log_of(begun).splitlines()]
+    assert "voting: worker 1 vote" in lines
+    assert "running: worker 0 trained" in lines
+    assert lines.count("finishing: worker 0 quiet") == 1
+    assert begun._links[0].orders().count("finish") == 2
+    assert not [line for line in log_of(begun).splitlines() if line != line.rstrip()]
+
+
+async def test_the_log_says_why(begun):
+    say(begun, 0, "refused", reason="busy")
+    assert "voting: worker 0 refused: busy" in log_of(begun)
 
 
 # Whole jobs -----------------------------------------------------------------------------------
@@ -188,29 +522,20 @@ async def test_a_failed_job_leaves_logs_of_all_nodes(tmp_path, running):
     assert not isinstance(caught.value, CodecError)
     assert sorted(path.name for path in (folder / "nodes").iterdir()) == ["0", "1"]
     assert json.loads((folder / "summary.json").read_text())["state"] == "failed"
-    assert not (folder / "model.safetensors").exists()
+    assert results.read_parameters(folder)  # the newest weights: here the initial ones
 
 
-@pytest.mark.parametrize(
-    "report",
-    [
-        {"report": "dance", "job_id": None},
-        {"report": "vote", "job_id": None},
-        {"progress": {"node": 0}},
-        {"evaluation": {"loss": 1}},
-    ],
-)
-async def test_a_node_that_reports_nonsense_fails_the_job(tmp_path, report):
+async def test_a_node_that_reports_nonsense_fails_the_job(tmp_path):
     def answer(link, kind, number, content, size):
         if kind.name == "HELLO":
             accept(link)
         elif isinstance(content, dict):
-            own = {"job_id": content["job_id"]} if "job_id" in report else {}
-            link.send(encode({**report, **own}))
+            report = {"can_commit": "dance", "abort": "aborted"}[content["order"]]
+            link.send(encode({"report": report, "job_id": content["job_id"]}))
 
     server = await listen("127.0.0.1", 0, lambda: Link(answer, lambda *_: None))
     address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
-    with pytest.raises(JobFailedError, match=r"worker 0 lost: .*makes no sense"):
+    with pytest.raises(JobFailedError, match=r"worker 0: it sent .*makes no sense: .*dance"):
         await run_job(request(tmp_path, [address]), Silent())
     server.close()
 
@@ -248,6 +573,50 @@ async def test_cancelling_before_any_node_was_reached(tmp_path):
     silent.close()
 
 
+async def test_a_second_cancellation_leaves_a_cancelled_job(begun, monkeypatch):
+    async def connect():
+        begun._apply(Begin(0.0))
+
+    monkeypatch.setattr(begun, "_connect", connect)
+    job = asyncio.create_task(begun._drive())
+    await asyncio.sleep(0)
+    for _ in range(2):
+        job.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert begun.machine.phase is Phase.STOPPING
+    assert summary_of(begun).state == "cancelled"
+
+
+async def test_a_job_that_failed_before_it_was_cancelled_has_failed(begun, monkeypatch):
+    async def connect():
+        begun._apply(Reported(0, Report.FAILED, 0.0, "no memory"))
+
+    monkeypatch.setattr(begun, "_connect", connect)
+    job = asyncio.create_task(begun._drive())
+    await asyncio.sleep(0)
+    for _ in range(2):
+        job.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    summary = summary_of(begun)
+    assert (summary.state, summary.error) == ("failed", "worker 0: no memory")
+
+
+async def test_a_cancellation_waits_until_all_is_written(begun):
+    writing = asyncio.create_task(begun._written())
+    await asyncio.sleep(0)
+    for _ in range(3):
+        writing.cancel()
+        await asyncio.sleep(0)
+    outcome = await writing
+    assert results.read_summary(begun.folder).job_id == begun.job_id
+    with pytest.raises(asyncio.CancelledError, match="was cancelled"):
+        begun._judge(outcome)
+
+
 async def test_a_timeout_around_a_job_is_a_timeout(tmp_path, running):
     async with running() as (node, address):
         with pytest.raises(TimeoutError):
@@ -270,3 +639,34 @@ async def test_what_an_observer_is_told(tmp_path, running):
     assert [(e.node, e.epoch) for e in diary.evaluations] == [(0, 0), (0, 1), (0, 2)]
     told = [evaluation.accuracy for evaluation in diary.evaluations]
     assert np.array_equal(told, outcome.eval.accuracy)
+
+
+# job.toml -------------------------------------------------------------------------------------
+
+SOURCE = (
+    "from aiosgd import Codec\nclass Mine(Codec):\n    async def update(self, block):\n"
+    "        self.set_result(block.value)\n"
+)
+
+
+async def test_the_code_that_was_sent_is_kept_with_its_sha256(tmp_path, running, monkeypatch):
+    source = tmp_path / "mine.py"
+    source.write_text(SOURCE)
+    codec = f"{source}:Mine"
+    watch = Watch(Phase.VOTING, lambda: source.write_text("raise SystemExit"))
+    async with running(allow_code=True) as (node, address):
+        outcome = await run_job(request(tmp_path, [address], codec=codec, max_steps=1), watch)
+        (sent,) = node.settings.run_dir.rglob("codec_0.py")
+    assert sent.read_text() == SOURCE
+    assert (outcome.folder / "code/mine.py").read_text() == SOURCE
+    run = tomllib.loads((outcome.folder / "job.toml").read_text())["run"]
+    assert run["code"] == {codec: hashlib.sha256(SOURCE.encode()).hexdigest()}
+
+
+async def test_job_toml_says_how_many_nodes_there_were(tmp_path, running):
+    async with running() as (_, first), running() as (_, second):
+        outcome = await run_job(request(tmp_path, [first, second], max_steps=1), Silent())
+    job = results.read_job(outcome.folder)
+    assert (job.workers, job.servers) == (2, None)
+    assert not (outcome.folder / "code").exists()
+    assert "code" not in tomllib.loads((outcome.folder / "job.toml").read_text())["run"]

@@ -98,7 +98,10 @@ def test_plugins_must_be_of_the_same_distribution_and_version(settings):
 
 def test_sources_are_kept_under_names_of_our_own_and_logged(tmp_path):
     lines = []
-    sources = [["../../a.py:A", b"one"], ["b.py:B", b"two"]]
+    sources = [
+        [name, np.frombuffer(text, np.uint8)]
+        for name, text in (("../../a.py:A", b"one"), ("b.py:B", b"two"))
+    ]
     kept = keep_sources(tmp_path, sources, lines.append)
     assert kept == {
         "../../a.py:A": tmp_path / "codec_0.py",
