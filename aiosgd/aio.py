@@ -24,7 +24,8 @@ from aiosgd.runtime.config import (
     make_job,
     to_dict,
 )
-from aiosgd.runtime.coordinator import Observer, Outcome, Request, code_files, load_job, run_job
+from aiosgd.runtime.coordinator import Observer, Request, code_files, load_job, run_job
+from aiosgd.runtime.harvest import Outcome
 from aiosgd.runtime.toml_source import TomlSource
 from aiosgd.runtime.workload import is_file_codec, load_codecs
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from aiosgd import aio
 from aiosgd.runtime.config import Cluster
-from aiosgd.runtime.coordinator import Outcome as Result
+from aiosgd.runtime.harvest import Outcome as Result
 
 T = TypeVar("T")
 

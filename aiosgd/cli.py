@@ -24,7 +24,7 @@ from aiosgd.runtime.config import JobConfig
 
 if TYPE_CHECKING:
     from aiosgd.runtime.config import Address
-    from aiosgd.runtime.coordinator import Outcome
+    from aiosgd.runtime.harvest import Outcome
 
 app = typer.Typer(
     name="aiosgd",

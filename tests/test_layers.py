@@ -17,7 +17,7 @@ LAYERS = [
     "aiosgd.runtime.config aiosgd.codecs.* aiosgd.plugins.* aiosgd.legacy",
     "aiosgd.plugins.kinds aiosgd.runtime.results aiosgd.runtime.hello aiosgd.runtime.mesh",
     "aiosgd.runtime.workload aiosgd.runtime.actor aiosgd.catalogue",
-    "aiosgd.runtime.learner",
+    "aiosgd.runtime.learner aiosgd.runtime.harvest",
     "aiosgd.runtime.session",
     "aiosgd.runtime.part aiosgd.display",
     "aiosgd.runtime.node aiosgd.runtime.coordinator",

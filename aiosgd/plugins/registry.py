@@ -18,6 +18,7 @@ from importlib import metadata
 from typing import Any, Generic, Literal, TypeVar, Union
 
 from aiosgd.errors import (
+    AiosgdError,
     ConfigError,
     PluginConflictError,
     PluginLoadError,
@@ -164,6 +165,11 @@ def describe(error: BaseException) -> str:
     """Return an exception's type and message on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def error_text(error: BaseException) -> str:
+    """Return what to say of an error: a deliberate one speaks for itself."""
+    return str(error) if isinstance(error, AiosgdError) else describe(error)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ import dataclasses
 import datetime as dt
 import hashlib
 import logging
-import math
 import secrets
 import socket
 import time
@@ -19,7 +18,6 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from aiosgd.codecs.base import Vector
 from aiosgd.errors import (
     AiosgdError,
     ClusterError,
@@ -30,10 +28,11 @@ from aiosgd.errors import (
 )
 from aiosgd.plugins.datasets import DataFile
 from aiosgd.plugins.kinds import TRACKERS
-from aiosgd.plugins.registry import check_value, describe, make_dataclass, make_params
+from aiosgd.plugins.registry import check_value, error_text, make_dataclass, make_params
 from aiosgd.runtime import config, results, workload
 from aiosgd.runtime.config import Address, JobConfig
 from aiosgd.runtime.connection import Link
+from aiosgd.runtime.harvest import End, Harvest, Outcome
 from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import (
     ENDS,
@@ -56,7 +55,6 @@ from aiosgd.runtime.job import (
     node_name,
 )
 from aiosgd.runtime.mesh import Mesh
-from aiosgd.runtime.results import EVAL, TRAIN, Rows, Summary
 from aiosgd.runtime.session import Evaluation, Progress
 from aiosgd.runtime.workload import Workload
 
@@ -98,54 +96,6 @@ class Request:
     servers: Sequence[Address] = ()
     data_dir: Path
     connect_timeout: float = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figures:
-    """One node's figures of a job; seconds, bytes on the wire, messages too late for their step."""
-
-    samples: int
-    train_s: float
-    late: int
-    bytes_sent: int
-    bytes_received: int
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value!r}; expected 0 or more")
-
-
-@dataclass(frozen=True)
-class _Collected:
-    """What came back from one node; of one that never trained, the log alone."""
-
-    train: Rows
-    evaluations: Rows
-    log: bytes
-    weights: Vector | None
-    figures: Figures | None
-
-
-@dataclass
-class Outcome:
-    """A job that was run: its folder and what is in it.
-
-    Attributes:
-        train, eval: the rows of train.csv and eval.csv.
-        parameters: name -> array, in the model's order; model.safetensors has the same.
-    """
-
-    folder: Path
-    summary: Summary
-    train: np.recarray[Any, Any]
-    eval: np.recarray[Any, Any]
-    parameters: dict[str, Vector]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The final `loss` and `accuracy` on the test set."""
-        return self.summary.metrics
 
 
 def choose_nodes(request: Request) -> dict[int, Address]:
@@ -250,11 +200,9 @@ class Coordinator:
     _links: dict[int, Mesh] = field(default_factory=dict)
     _sockets: dict[int, Link] = field(default_factory=dict)
     _watches: list[asyncio.Future[None]] = field(default_factory=list)
-    _collected: dict[int, _Collected] = field(default_factory=dict)
     _missing: dict[int, list[str]] = field(default_factory=dict)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
     _quiet: set[int] = field(default_factory=set)
-    _unwritten: list[str] = field(default_factory=list)
     _cause: Exception | None = None
     _cancelled: bool = False
     _ending: Literal["failed", "cancelled"] = "failed"
@@ -278,6 +226,7 @@ class Coordinator:
         """Run the job; see `run_job`."""
         self.folder = results.create_folder(Path(self.request.job.output), self.job_id)
         self._log, close_log = _submit_log(self.folder)
+        self._harvest = Harvest(self.folder, self.load, self.nodes, self._log)
         try:
             self._write_job()
             try:
@@ -307,7 +256,9 @@ class Coordinator:
 
     async def _written(self) -> Outcome:
         """Write what is left, whole, even if this is cancelled meanwhile."""
-        writing = asyncio.ensure_future(asyncio.to_thread(self._write))
+        writing = asyncio.ensure_future(
+            asyncio.to_thread(self._harvest.write, self.job_id, self._end())
+        )
         while not writing.done():
             try:
                 await asyncio.shield(writing)
@@ -328,17 +279,13 @@ class Coordinator:
             raise asyncio.CancelledError(f"job {self.job_id} was cancelled; {where}")
         if self.machine.phase is Phase.FAILED and self.machine.refused:
             raise ClusterError(f"{self.machine.error}; {where}")
-        if error := self._error():
+        if error := self._harvest.error(self.machine.error):
             raise JobFailedError(f"job {self.job_id} failed: {error}; {where}") from self._cause
         return outcome
 
-    def _error(self) -> str:
-        return "; ".join(text for text in (self.machine.error, *self._unwritten) if text)
-
-    def _state(self) -> Literal["done", "failed", "cancelled"]:
-        if self.machine.phase is Phase.DONE:
-            return "failed" if self._unwritten else "done"
-        return self._ending
+    def _end(self) -> End:
+        state = "done" if self.machine.phase is Phase.DONE else self._ending
+        return End(state=state, error=self.machine.error, wall_s=time.monotonic() - self._started)
 
     # links
 
@@ -412,7 +359,7 @@ class Coordinator:
 
     def _nonsense(self, node: int, content: Any, error: Exception) -> Event:
         """Return what to make of a report that cannot be read: the job fails."""
-        reason = f"it sent a report that makes no sense: {_text_of(error)}"
+        reason = f"it sent a report that makes no sense: {error_text(error)}"
         self._log.error("%s: %s: %s", self.machine.phase, node_name(node), reason)
         match content:
             case {"report": str(report)} if report == Report.ABORTED:
@@ -439,7 +386,7 @@ class Coordinator:
             self._break_off(error)
 
     def _break_off(self, error: Exception) -> None:
-        text, first = _text_of(error), not self.machine.error
+        text, first = error_text(error), not self.machine.error
         self._log.error(text, exc_info=None if isinstance(error, AiosgdError) else error)
         if self.machine.phase in ENDS:
             return
@@ -476,21 +423,12 @@ class Coordinator:
         if report is Report.VOTE:
             self._missing[node] = _fact(content, "missing", list[str])
         elif report in (Report.COLLECTED, Report.ABORTED):
-            self._keep(node, report, content)
+            self._harvest.keep(node, content, whole=report is Report.COLLECTED)
         names = ("sent", "consumed") if report is Report.QUIET else ()
         sent, consumed = [_fact(content, name, int) for name in names] or (0, 0)
         reason = check_value(content.get("reason", ""), str, "reason")
         self._note(node, report, reason)
         return Reported(node, report, self._now(), reason, (sent, consumed))
-
-    def _keep(self, node: int, report: Report, content: Mapping[str, Any]) -> None:
-        """Keep what a node collected; of one that is aborted after that, only its log is new."""
-        if report is Report.COLLECTED:
-            _check_complete(node, content)
-        new, old = _unpack(node, content, self.load.model.size), self._collected.get(node)
-        if report is Report.ABORTED and old is not None:
-            new = dataclasses.replace(old, log=new.log)
-        self._collected[node] = new
 
     def _note(self, node: int, report: Report, reason: str) -> None:
         if report is Report.QUIET:  # in every round again
@@ -576,88 +514,6 @@ class Coordinator:
             "steps": self.load.steps,
         }
 
-    def _write(self) -> Outcome:
-        """Write everything that came back, the summary last; runs in a thread."""
-        train = _stack(TRAIN, [part.train for part in self._in_order()])
-        evaluations = _stack(EVAL, [part.evaluations for part in self._in_order()])
-        parameters: dict[str, Vector] = {}
-        try:
-            with self._collecting_errors("the model"):
-                parameters = self._write_model()
-            for name in dict.fromkeys(self.request.job.trackers):
-                with self._collecting_errors(f"tracker {name!r}"):
-                    self._track(name, {"train": train, "eval": evaluations})
-            for node, part in sorted(self._collected.items()):
-                with self._collecting_errors(f"the log of {node_name(node)}"):
-                    log = part.log.decode(errors="replace")
-                    results.write_node_log(self.folder, node, log)
-        finally:
-            summary = self._summarise(train, evaluations)
-            with self._collecting_errors("the summary"):
-                results.write_summary(self.folder, summary)
-        return Outcome(
-            folder=self.folder,
-            summary=summary,
-            train=train,
-            eval=evaluations,
-            parameters=parameters,
-        )
-
-    @contextlib.contextmanager
-    def _collecting_errors(self, what: str) -> Iterator[None]:
-        """Note what could not be written, and go on: the rest is worth having."""
-        try:
-            yield
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a tracker may raise anything
-            text = f"{what} could not be written: {_text_of(error)}"
-            self._unwritten.append(text)
-            self._log.error(text)
-
-    def _write_model(self) -> dict[str, Vector]:
-        """Write the newest weights that worker 0 sent, if any, and return them by name."""
-        part, shapes = self._collected.get(0), self.load.model.shapes
-        if part is None or part.weights is None:
-            return {}
-        results.write_model(self.folder, part.weights, shapes)
-        return results.named_parameters(part.weights, shapes)
-
-    def _track(self, name: str, tables: Mapping[str, Any]) -> None:
-        kind = TRACKERS.load(name)
-        tracker = kind(make_params(kind, {}, "tracker"), self.folder)
-        for table, rows in tables.items():
-            tracker.write(table, rows)
-
-    def _in_order(self) -> list[_Collected]:
-        return [self._collected[node] for node in self.workers if node in self._collected]
-
-    def _summarise(self, train: Any, evaluations: Any) -> Summary:
-        figures = {node: part.figures for node, part in self._collected.items() if part.figures}
-        samples = sum(one.samples for one in figures.values())
-        train_s = max((one.train_s for one in figures.values()), default=0.0)
-        return Summary(
-            job_id=self.job_id,
-            state=self._state(),
-            error=self._error() or None,
-            metrics=_final(evaluations, 0),
-            nodes=len(self.nodes),
-            steps=int(train.step.max()) + 1 if len(train) else 0,
-            epochs=int(train.epoch.max()) + 1 if len(train) else 0,
-            samples=samples,
-            wall_s=time.monotonic() - self._started,
-            train_s=train_s,
-            samples_per_s=samples / train_s if train_s else 0.0,
-            bytes_sent=sum(one.bytes_sent for one in figures.values()),
-            bytes_received=sum(one.bytes_received for one in figures.values()),
-            per_node={
-                node: {
-                    "address": str(self.nodes[node]),
-                    **dataclasses.asdict(one),
-                    **_final(evaluations, node),
-                }
-                for node, one in sorted(figures.items())
-            },
-        )
-
 
 def _may_pass(error: ClusterError) -> bool:
     """Tell whether a node may be reachable a moment later: a name that is unknown stays so."""
@@ -693,83 +549,6 @@ def _fact(content: Mapping[str, Any], name: str, expected: Any) -> Any:
     if name not in content:
         raise RemoteProtocolError(f"{name} is missing")
     return check_value(content[name], expected, name)
-
-
-def _check_complete(node: int, content: Mapping[str, Any]) -> None:
-    """Refuse a collection that lacks something; the weights come from worker 0 alone."""
-    names = ("train", "evaluations", "figures", *(["weights"] if node == 0 else []))
-    for name in names:
-        if content.get(name) is None:
-            raise RemoteProtocolError(f"{name} is missing")
-
-
-def _unpack(node: int, content: Mapping[str, Any], size: int) -> _Collected:
-    """Check what a node leaves; only its log is there in any case.
-
-    Args:
-        node: who sent it.
-        content: the report.
-        size: how many parameters the model has.
-
-    Raises:
-        RemoteProtocolError, ConfigError: something is missing, of another type or shape.
-    """
-    return _Collected(
-        _rows(TRAIN, content.get("train"), node),
-        _rows(EVAL, content.get("evaluations"), node),
-        _array(content.get("log"), "log", np.uint8).tobytes(),
-        _weights(content.get("weights"), size),
-        _figures(content.get("figures")),
-    )
-
-
-def _rows(dtype: np.dtype[Any], columns: Any, node: int) -> Rows:
-    rows = Rows(dtype) if columns is None else Rows.from_columns(dtype, columns)
-    if not (rows.array().node == node).all():
-        raise RemoteProtocolError(f"column node names other nodes; expected {node} alone")
-    return rows
-
-
-def _weights(value: Any, size: int) -> Vector | None:
-    return None if value is None else _array(value, "weights", np.float32, size)
-
-
-def _array(value: Any, name: str, dtype: type[np.generic], size: int | None = None) -> Any:
-    """Return a vector of that type and, if given, size."""
-    right = isinstance(value, np.ndarray) and value.dtype == dtype and value.ndim == 1
-    if right and (size is None or value.size == size):
-        return value
-    shown = f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else repr(value)
-    length = "" if size is None else f" with {size} elements"
-    raise RemoteProtocolError(f"{name} is {shown}; expected a {dtype.__name__} vector{length}")
-
-
-def _figures(values: Any) -> Figures | None:
-    if values is None:
-        return None
-    table = {str(key): v for key, v in check_value(values, dict[Any, Any], "figures").items()}
-    figures: Figures = make_dataclass(Figures, table, "figures", "a node")
-    return figures
-
-
-def _text_of(error: BaseException) -> str:
-    return str(error) if isinstance(error, AiosgdError) else describe(error)
-
-
-# What is written -------------------------------------------------------------------------------
-
-
-def _stack(dtype: Any, parts: Sequence[Rows]) -> Any:
-    arrays = [part.array() for part in parts]
-    joined = np.concatenate(arrays) if arrays else np.empty(0, dtype)
-    return joined.view(np.recarray)
-
-
-def _final(evaluations: Any, node: int) -> dict[str, float]:
-    own = evaluations[evaluations.node == node]
-    if not len(own):
-        return {}
-    return {"loss": float(own.loss[-1]), "accuracy": float(own.accuracy[-1])}
 
 
 def _submit_log(folder: Path) -> tuple[logging.Logger, Any]:

@@ -19,7 +19,7 @@ from aiosgd.errors import (
     RemoteProtocolError,
 )
 from aiosgd.plugins.trackers import Csv, Tracker
-from aiosgd.runtime import coordinator, results
+from aiosgd.runtime import coordinator, harvest, results
 from aiosgd.runtime.config import Address, make_job
 from aiosgd.runtime.connection import Link, listen
 from aiosgd.runtime.coordinator import (
@@ -171,6 +171,9 @@ async def begun(tmp_path):
     coordinator_ = Coordinator(asked, Silent(), nodes, *load_job(asked.job, 2, tmp_path))
     coordinator_.folder = results.create_folder(tmp_path / "runs", coordinator_.job_id)
     coordinator_._log, close_log = coordinator._submit_log(coordinator_.folder)
+    coordinator_._harvest = harvest.Harvest(
+        coordinator_.folder, coordinator_.load, nodes, coordinator_._log
+    )
     coordinator_._links = {node: Recorder() for node in nodes}
     coordinator_._apply(Begin(0.0))
     yield coordinator_
@@ -199,7 +202,7 @@ def go_to(job, phase):
 
 
 def summary_of(job):
-    job._write()
+    job._harvest.write(job.job_id, job._end())
     return results.read_summary(job.folder)
 
 
@@ -231,7 +234,7 @@ async def test_what_an_aborted_job_had_is_kept(begun, state):
     size = begun.load.model.size
     say(begun, 0, "aborted", **facts(size))
     say(begun, 1, "aborted", log=np.frombuffer(b"short", np.uint8))
-    outcome = begun._write()
+    outcome = begun._harvest.write(begun.job_id, begun._end())
     summary = results.read_summary(begun.folder)
     assert (summary.state, summary.steps, summary.samples) == (state, 3, 192)
     assert (summary.bytes_sent, summary.bytes_received) == (10, 20)
@@ -370,7 +373,7 @@ async def test_what_cannot_be_written_fails_the_job_but_nothing_else(
     tmp_path, running, monkeypatch
 ):
     trackers = {"faulty": Faulty, "csv": Csv}
-    monkeypatch.setattr(coordinator.TRACKERS, "load", lambda name: trackers[name])
+    monkeypatch.setattr(harvest.TRACKERS, "load", lambda name: trackers[name])
     async with running() as (_, address):
         asked = request(tmp_path, [address], max_steps=2, trackers=("faulty", "csv", "csv"))
         with pytest.raises(JobFailedError, match=r"tracker 'faulty' could not .* another world"):
@@ -394,7 +397,7 @@ async def test_each_writer_may_fail(begun, monkeypatch, writer, error):
 
     go_to(begun, Phase.DONE)
     monkeypatch.setattr(results, writer, fail)
-    outcome = begun._write()
+    outcome = begun._harvest.write(begun.job_id, begun._end())
     with pytest.raises(JobFailedError, match=r"could not be written: .*full"):
         begun._judge(outcome)
     if writer != "write_summary":

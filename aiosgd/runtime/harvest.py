@@ -1,0 +1,295 @@
+"""What a job leaves: what its nodes send back, checked, and the run folder that is made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from aiosgd.codecs.base import Vector
+from aiosgd.errors import RemoteProtocolError
+from aiosgd.plugins.kinds import TRACKERS
+from aiosgd.plugins.registry import check_value, error_text, make_dataclass, make_params
+from aiosgd.runtime import results
+from aiosgd.runtime.config import Address
+from aiosgd.runtime.job import node_name
+from aiosgd.runtime.results import EVAL, TRAIN, Rows, Summary
+from aiosgd.runtime.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One node's figures of a job; seconds, bytes on the wire, messages too late for their step."""
+
+    samples: int
+    train_s: float
+    late: int
+    bytes_sent: int
+    bytes_received: int
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What came back from one node; of one that never trained, the log alone."""
+
+    train: Rows
+    evaluations: Rows
+    log: bytes
+    weights: Vector | None
+    figures: Figures | None
+
+
+@dataclass
+class Outcome:
+    """A job that was run: its folder and what is in it.
+
+    Attributes:
+        train, eval: the rows of train.csv and eval.csv.
+        parameters: name -> array, in the model's order; model.safetensors has the same.
+    """
+
+    folder: Path
+    summary: Summary
+    train: np.recarray[Any, Any]
+    eval: np.recarray[Any, Any]
+    parameters: dict[str, Vector]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The final `loss` and `accuracy` on the test set."""
+        return self.summary.metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How a job ended: its state, the reason if there is one, and how long it took."""
+
+    state: Literal["done", "failed", "cancelled"]
+    error: str
+    wall_s: float
+
+
+class Harvest:
+    """What the nodes of one job leave, and the run folder that it goes into.
+
+    Args:
+        folder: the run folder; it exists.
+        load: the job's plugins.
+        nodes: node id -> address of all nodes.
+        log: the submitter's log.
+
+    Attributes:
+        collected: what each node has sent so far.
+        unwritten: what could not be written, a sentence each.
+    """
+
+    def __init__(
+        self, folder: Path, load: Workload, nodes: Mapping[int, Address], log: logging.Logger
+    ) -> None:
+        self.collected: dict[int, Collected] = {}
+        self.unwritten: list[str] = []
+        self._folder = folder
+        self._load = load
+        self._nodes = nodes
+        self._log = log
+
+    def keep(self, node: int, content: Mapping[str, Any], *, whole: bool) -> None:
+        """Keep what a node left; of one that is aborted after that, only its log is new.
+
+        Args:
+            node: who sent it.
+            content: its report.
+            whole: whether the node has finished, so that nothing may be missing.
+
+        Raises:
+            RemoteProtocolError, ConfigError: something is missing, of another type or shape.
+        """
+        if whole:
+            _check_complete(node, content)
+        new, old = _unpack(node, content, self._load.model.size), self.collected.get(node)
+        if not whole and old is not None:
+            new = dataclasses.replace(old, log=new.log)
+        self.collected[node] = new
+
+    def error(self, reason: str) -> str:
+        """Return why the job did not end well, with what could not be written; empty if it did."""
+        return "; ".join(text for text in (reason, *self.unwritten) if text)
+
+    def write(self, job_id: str, end: End) -> Outcome:
+        """Write everything that came back, the summary last; it is always written.
+
+        Args:
+            job_id: the job.
+            end: how it ended; it becomes a failure if something cannot be written.
+        """
+        train = _stack(TRAIN, [part.train for part in self._in_order()])
+        evaluations = _stack(EVAL, [part.evaluations for part in self._in_order()])
+        parameters: dict[str, Vector] = {}
+        try:
+            with self._collecting_errors("the model"):
+                parameters = self._write_model()
+            for name in dict.fromkeys(self._load.job.trackers):
+                with self._collecting_errors(f"tracker {name!r}"):
+                    self._track(name, {"train": train, "eval": evaluations})
+            for node, part in sorted(self.collected.items()):
+                with self._collecting_errors(f"the log of {node_name(node)}"):
+                    log = part.log.decode(errors="replace")
+                    results.write_node_log(self._folder, node, log)
+        finally:
+            summary = self._summarise(job_id, end, train, evaluations)
+            with self._collecting_errors("the summary"):
+                results.write_summary(self._folder, summary)
+        return Outcome(
+            folder=self._folder,
+            summary=summary,
+            train=train,
+            eval=evaluations,
+            parameters=parameters,
+        )
+
+    @contextlib.contextmanager
+    def _collecting_errors(self, what: str) -> Iterator[None]:
+        """Note what could not be written, and go on: the rest is worth having."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a tracker may raise anything
+            text = f"{what} could not be written: {error_text(error)}"
+            self.unwritten.append(text)
+            self._log.error(text)
+
+    def _write_model(self) -> dict[str, Vector]:
+        """Write the newest weights that worker 0 sent, if any, and return them by name."""
+        part, shapes = self.collected.get(0), self._load.model.shapes
+        if part is None or part.weights is None:
+            return {}
+        results.write_model(self._folder, part.weights, shapes)
+        return results.named_parameters(part.weights, shapes)
+
+    def _track(self, name: str, tables: Mapping[str, Any]) -> None:
+        kind = TRACKERS.load(name)
+        tracker = kind(make_params(kind, {}, "tracker"), self._folder)
+        for table, rows in tables.items():
+            tracker.write(table, rows)
+
+    def _in_order(self) -> list[Collected]:
+        return [
+            self.collected[node]
+            for node in sorted(self._nodes)
+            if node >= 0 and node in self.collected
+        ]
+
+    def _summarise(self, job_id: str, end: End, train: Any, evaluations: Any) -> Summary:
+        figures = {node: part.figures for node, part in self.collected.items() if part.figures}
+        samples = sum(one.samples for one in figures.values())
+        train_s = max((one.train_s for one in figures.values()), default=0.0)
+        return Summary(
+            job_id=job_id,
+            state="failed" if end.state == "done" and self.unwritten else end.state,
+            error=self.error(end.error) or None,
+            metrics=_final(evaluations, 0),
+            nodes=len(self._nodes),
+            steps=int(train.step.max()) + 1 if len(train) else 0,
+            epochs=int(train.epoch.max()) + 1 if len(train) else 0,
+            samples=samples,
+            wall_s=end.wall_s,
+            train_s=train_s,
+            samples_per_s=samples / train_s if train_s else 0.0,
+            bytes_sent=sum(one.bytes_sent for one in figures.values()),
+            bytes_received=sum(one.bytes_received for one in figures.values()),
+            per_node={
+                node: {
+                    "address": str(self._nodes[node]),
+                    **dataclasses.asdict(one),
+                    **_final(evaluations, node),
+                }
+                for node, one in sorted(figures.items())
+            },
+        )
+
+
+# What nodes send, checked -----------------------------------------------------------------------
+
+
+def _check_complete(node: int, content: Mapping[str, Any]) -> None:
+    """Refuse a collection that lacks something; the weights come from worker 0 alone."""
+    names = ("train", "evaluations", "figures", *(["weights"] if node == 0 else []))
+    for name in names:
+        if content.get(name) is None:
+            raise RemoteProtocolError(f"{name} is missing")
+
+
+def _unpack(node: int, content: Mapping[str, Any], size: int) -> Collected:
+    """Check what a node leaves; only its log is there in any case.
+
+    Args:
+        node: who sent it.
+        content: the report.
+        size: how many parameters the model has.
+
+    Raises:
+        RemoteProtocolError, ConfigError: something is missing, of another type or shape.
+    """
+    return Collected(
+        _rows(TRAIN, content.get("train"), node),
+        _rows(EVAL, content.get("evaluations"), node),
+        _array(content.get("log"), "log", np.uint8).tobytes(),
+        _weights(content.get("weights"), size),
+        _figures(content.get("figures")),
+    )
+
+
+def _rows(dtype: np.dtype[Any], columns: Any, node: int) -> Rows:
+    rows = Rows(dtype) if columns is None else Rows.from_columns(dtype, columns)
+    if not (rows.array().node == node).all():
+        raise RemoteProtocolError(f"column node names other nodes; expected {node} alone")
+    return rows
+
+
+def _weights(value: Any, size: int) -> Vector | None:
+    return None if value is None else _array(value, "weights", np.float32, size)
+
+
+def _array(value: Any, name: str, dtype: type[np.generic], size: int | None = None) -> Any:
+    """Return a vector of that type and, if given, size."""
+    right = isinstance(value, np.ndarray) and value.dtype == dtype and value.ndim == 1
+    if right and (size is None or value.size == size):
+        return value
+    shown = f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else repr(value)
+    length = "" if size is None else f" with {size} elements"
+    raise RemoteProtocolError(f"{name} is {shown}; expected a {dtype.__name__} vector{length}")
+
+
+def _figures(values: Any) -> Figures | None:
+    if values is None:
+        return None
+    table = {str(key): v for key, v in check_value(values, dict[Any, Any], "figures").items()}
+    figures: Figures = make_dataclass(Figures, table, "figures", "a node")
+    return figures
+
+
+# What is written -------------------------------------------------------------------------------
+
+
+def _stack(dtype: Any, parts: Sequence[Rows]) -> Any:
+    arrays = [part.array() for part in parts]
+    joined = np.concatenate(arrays) if arrays else np.empty(0, dtype)
+    return joined.view(np.recarray)
+
+
+def _final(evaluations: Any, node: int) -> dict[str, float]:
+    own = evaluations[evaluations.node == node]
+    if not len(own):
+        return {}
+    return {"loss": float(own.loss[-1]), "accuracy": float(own.accuracy[-1])}
