@@ -105,7 +105,11 @@ async def run(
     observer = observer or Silent()
     launcher = LAUNCHERS.load("local")
     launched = launcher(make_params(launcher, {}, "launcher")).launch(
-        workers, servers, allow_code=_has_code(job), printed=observer.printed
+        workers,
+        servers,
+        data_dir=data_dir,
+        allow_code=_has_code(job),
+        printed=observer.printed,
     )
     async with launched as nodes:
         request = Request(

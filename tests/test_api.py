@@ -337,3 +337,17 @@ def test_every_call_has_a_twin_that_is_a_coroutine():
 
 def test_an_interrupted_job_has_an_exit_code_of_its_own():
     assert JobCancelledError.exit_code == 130
+
+
+def test_local_nodes_keep_data_where_they_are_told(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "own.npz", x=rng.random((200, 4), np.float32), y=np.arange(200) % 2)
+    aiosgd.run(
+        dataset="npz",
+        dataset_params={"path": str(tmp_path / "own.npz")},
+        workers=1,
+        max_steps=1,
+        data_dir=tmp_path / "data",
+        output=tmp_path / "runs",
+    )
+    assert len(list((tmp_path / "data/sha256").iterdir())) == 1

@@ -352,7 +352,10 @@ class Codec:
         return _nothing()
 
     def rescue(self) -> Hook:
-        """Return what may unblock a step that timed out (sync); called once per step."""
+        """Return what may unblock a step that timed out (sync); called once per step.
+
+        A codec with a rescue of its own is given the step timeout once more; the default gives up.
+        """
         return _nothing()
 
     def weights(self) -> Vector | None:

@@ -152,6 +152,11 @@ class Actor:
         """Return the error of the hook that is under way for more than `limit` seconds."""
         return CodecError(f"{self._place(self.ctx.step)}: {self._hook} takes more than {limit:g} s")
 
+    @property
+    def can_rescue(self) -> bool:
+        """Whether the codec has a rescue of its own; the default gives up."""
+        return type(self.codec).rescue is not Codec.rescue
+
     def overdue(self, step: int, limit: float) -> str:
         """Say why a step has no result: for the message of one that timed out."""
         return f"{self._place(step)}: no result within {limit:g} s; {self._explain()}"

@@ -418,10 +418,11 @@ class Session:
             await actor.completed(step)
 
     async def _rescue(self, step: int) -> None:
-        """Wait for the step once more, as long as each codec that lacks it has sent something."""
+        """Wait for the step once more, if each codec that lacks it has a rescue of its own."""
         calls = [(actor, actor.rescue(step)) for actor in self._unfinished(step)]
         for actor, sent in calls:
-            if not await sent and not actor.finished(step):
+            await sent
+            if not (actor.can_rescue or actor.finished(step)):
                 return
         await self._finish(step)
 

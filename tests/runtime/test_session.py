@@ -703,10 +703,15 @@ def test_the_default_rescue_gives_up_at_once_and_names_the_silent_nodes():
     )
 
 
-def test_a_rescue_that_does_not_help_extends_the_wait_once():
+@pytest.mark.parametrize("sends", [True, False])
+def test_a_rescue_that_does_not_help_extends_the_wait_once(sends):
     class InVain(Forgetful):
         async def receive(self, message):
             pass
+
+        async def rescue(self):
+            envelopes = await super().rescue()
+            return envelopes if sends else None
 
     outcome = run_sessions({}, 3, codec=InVain, fails=True)
     assert outcome.now == pytest.approx(20.0)
