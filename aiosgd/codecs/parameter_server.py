@@ -76,6 +76,9 @@ class ParameterServer(Codec):
     in the order of the block ids. Rule (async): w ← w + u for every update that arrives, computed
     on weights as old as they may be.
 
+    Async adds the updates of n workers where sync takes their mean: at the same learning rate it
+    goes n times as far, on older weights. Momentum makes up for neither; take a smaller rate.
+
     The server knows bit for bit (async: up to rounding) what a worker holds, its mirror m, and
     answers with C(w - m). What the compressor C loses is still in the next difference: error
     feedback on the server's side. The workers' own updates have it only if C has.
