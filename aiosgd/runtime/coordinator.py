@@ -60,6 +60,8 @@ from aiosgd.runtime.workload import Workload
 
 # how often deadlines are looked at
 TICK = 0.25
+# ids to draw for a job at most: of the 65,536 of one second most are free
+DRAWS = 20
 # longest wait for the nodes to end their links after a job
 FAREWELL = 1.0
 
@@ -208,9 +210,8 @@ class Coordinator:
     _ending: Literal["failed", "cancelled"] = "failed"
 
     def __post_init__(self) -> None:
-        job, now = self.request.job, dt.datetime.now()
-        name = job.title or Path(job.codec.rpartition(":")[2]).name
-        self.job_id = results.new_job_id(now, name, secrets.token_hex(2))
+        job = self.request.job
+        self.job_id = self._draw_id()
         self.workers = sorted(node for node in self.nodes if node >= 0)
         self.servers = sorted((node for node in self.nodes if node < 0), reverse=True)
         self.machine = Job(self.workers, self.servers, job.target_accuracy)
@@ -222,9 +223,26 @@ class Coordinator:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
+    def _draw_id(self) -> str:
+        job = self.request.job
+        name = job.title or Path(job.codec.rpartition(":")[2]).name
+        return results.new_job_id(dt.datetime.now(), name, secrets.token_hex(2))
+
+    def _new_folder(self) -> Path:
+        """Make the run folder; where another job of this second drew the same id, draw again."""
+        output = Path(self.request.job.output)
+        for _ in range(DRAWS):
+            try:
+                return results.create_folder(output, self.job_id)
+            except ConfigError as error:
+                if not isinstance(error.__cause__, FileExistsError):
+                    raise
+            self.job_id = self._draw_id()
+        return results.create_folder(output, self.job_id)
+
     async def run(self) -> Outcome:
         """Run the job; see `run_job`."""
-        self.folder = results.create_folder(Path(self.request.job.output), self.job_id)
+        self.folder = self._new_folder()
         self._log, close_log = _submit_log(self.folder)
         self._harvest = Harvest(self.folder, self.load, self.nodes, self._log)
         try:

@@ -457,6 +457,21 @@ async def test_the_target_ends_training_on_all_workers_after_the_same_epoch(tmp_
     assert own[0].accuracy[-1] >= 0.6
 
 
+async def test_two_jobs_of_one_second_never_share_a_folder(tmp_path, running, monkeypatch):
+    tokens = iter(["aaaa", "aaaa", "aaaa", "bbbb"])
+    monkeypatch.setattr(coordinator.secrets, "token_hex", lambda n: next(tokens, "c" * 2 * n))
+    monkeypatch.setattr(coordinator.results, "new_job_id", lambda _, name, token: job_id(token))
+    async with running() as (_, address):
+        first = await run_job(request(tmp_path, [address], max_steps=1), Silent())
+        second = await run_job(request(tmp_path, [address], max_steps=1), Silent())
+    assert first.folder.name == job_id("aaaa")
+    assert second.folder.name == second.summary.job_id != first.folder.name
+
+
+def job_id(token):
+    return f"20250102-030405-test-{token[:4]}"
+
+
 # Reaching nodes -------------------------------------------------------------------------------
 
 
