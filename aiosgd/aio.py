@@ -27,7 +27,7 @@ from aiosgd.runtime.config import (
 from aiosgd.runtime.coordinator import Observer, Request, code_files, load_job, run_job
 from aiosgd.runtime.harvest import Outcome
 from aiosgd.runtime.toml_source import TomlSource
-from aiosgd.runtime.workload import is_file_codec, load_codecs
+from aiosgd.runtime.workload import file_codecs, is_file_codec, load_codecs
 
 
 class Silent:
@@ -108,7 +108,7 @@ async def run(
         workers,
         servers,
         data_dir=data_dir,
-        allow_code=_has_code(job),
+        allow_code=bool(file_codecs(job)),
         printed=observer.printed,
     )
     async with launched as nodes:
@@ -226,8 +226,3 @@ def _sizes(job: JobConfig) -> tuple[int, int]:
     if job.servers == 0:
         raise ConfigError(f"servers is 0, but codec {job.codec!r} needs one or more")
     return workers, 1 if job.servers is None else job.servers
-
-
-def _has_code(job: JobConfig) -> bool:
-    names: Mapping[str, str | None] = {"codec": job.codec, "server_codec": job.server_codec}
-    return any(is_file_codec(name) for name in names.values() if name)

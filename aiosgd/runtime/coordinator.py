@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import datetime as dt
 import hashlib
-import logging
 import secrets
 import socket
 import time
@@ -127,23 +126,18 @@ def choose_nodes(request: Request) -> dict[int, Address]:
 
 def file_sources(job: JobConfig) -> list[tuple[str, bytes]]:
     """Return the sources of a job's FILE.py:CLASS codecs by the codec's name; reads a file once."""
-    names = _file_codecs(job)
+    names = workload.file_codecs(job)
     texts = {path: Path(path).read_bytes() for path in {_path_of(name) for name in names}}
     return [(name, texts[_path_of(name)]) for name in names]
 
 
 def code_files(job: JobConfig) -> dict[str, str]:
     """Return, for each FILE.py:CLASS codec, what the copy of its file in `code/` is called."""
-    names, copies = _file_codecs(job), dict[str, str]()
+    names, copies = workload.file_codecs(job), dict[str, str]()
     for i, path in enumerate(dict.fromkeys(map(_path_of, names))):
         base = Path(path).name
         copies[path] = f"{i}-{base}" if base in copies.values() else base
     return {name: copies[_path_of(name)] for name in names}
-
-
-def _file_codecs(job: JobConfig) -> list[str]:
-    names = (name for name in (job.codec, job.server_codec) if name)
-    return [name for name in dict.fromkeys(names) if workload.is_file_codec(name)]
 
 
 def _path_of(name: str) -> str:
@@ -243,7 +237,7 @@ class Coordinator:
     async def run(self) -> Outcome:
         """Run the job; see `run_job`."""
         self.folder = self._new_folder()
-        self._log, close_log = _submit_log(self.folder)
+        self._log, handler = results.open_log(self.folder / "submit.log")
         self._harvest = Harvest(self.folder, self.load, self.nodes, self._log)
         try:
             self._write_job()
@@ -253,7 +247,7 @@ class Coordinator:
                 outcome = await self._written()
             return self._judge(outcome)
         finally:
-            close_log()
+            handler.close()
             await self._part_from_nodes()
 
     async def _drive(self) -> None:
@@ -567,11 +561,3 @@ def _fact(content: Mapping[str, Any], name: str, expected: Any) -> Any:
     if name not in content:
         raise RemoteProtocolError(f"{name} is missing")
     return check_value(content[name], expected, name)
-
-
-def _submit_log(folder: Path) -> tuple[logging.Logger, Any]:
-    handler = logging.FileHandler(folder / "submit.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log = logging.Logger("aiosgd.submit")
-    log.addHandler(handler)
-    return log, handler.close

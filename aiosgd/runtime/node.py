@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from aiosgd.errors import AiosgdError, ClusterError, ConfigError, RemoteProtocolError
-from aiosgd.plugins.registry import describe
+from aiosgd.plugins.registry import describe, error_text
 from aiosgd.runtime.config import Address
 from aiosgd.runtime.connection import Link, listen
 from aiosgd.runtime.frame import Kind
@@ -291,8 +291,7 @@ class Control:
             self.job_id = ""
             await self.node.leave("it voted no")
         report = Report.REFUSED if order is Order.CAN_COMMIT else Report.FAILED
-        text = str(error) if isinstance(error, AiosgdError) else describe(error)
-        self.report(report, job_id, reason=text)
+        self.report(report, job_id, reason=error_text(error))
 
     async def _carry_out(self, order: Order, job_id: str, content: dict[str, Any]) -> None:
         node = self.node

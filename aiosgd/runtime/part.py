@@ -22,7 +22,7 @@ import threadpoolctl
 from aiosgd.errors import AiosgdError, ClusterError, ConfigError, PluginNotFoundError
 from aiosgd.plugins.datasets.base import sha256 as sha256_of
 from aiosgd.plugins.kinds import KINDS, TRACKERS
-from aiosgd.plugins.registry import describe, make_params
+from aiosgd.plugins.registry import error_text, make_params
 from aiosgd.runtime import config, results, workload
 from aiosgd.runtime.config import Address, JobConfig
 from aiosgd.runtime.connection import Link
@@ -31,7 +31,7 @@ from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import node_name
 from aiosgd.runtime.mesh import Mesh
 from aiosgd.runtime.session import Evaluation, Place, Progress, Session
-from aiosgd.runtime.workload import is_file_codec
+from aiosgd.runtime.workload import file_codecs
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # how long a codec's hook may take to notice that it was cancelled
@@ -89,10 +89,7 @@ class Part:
         self.job = config.from_dict(self.request["job"])
         self.folder = job_folder(self.settings, self.job_id, self.node)
         self.folder.mkdir(parents=True, exist_ok=False)
-        self._handler = logging.FileHandler(self.folder / "node.log", encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self._log = logging.Logger(f"aiosgd.job.{self.job_id}.{self.node}")
-        self._log.addHandler(self._handler)
+        self._log, self._handler = results.open_log(self.folder / "node.log")
 
     # the orders
 
@@ -284,7 +281,7 @@ class Part:
     def _broke(self, error: Exception) -> None:
         first = first_error(error)
         self._log.error("".join(traceback.format_exception(first)))
-        self._fail(str(first) if isinstance(first, AiosgdError) else describe(first))
+        self._fail(error_text(first))
 
     def _fail(self, reason: str) -> None:
         self._log.error(reason)
@@ -382,7 +379,7 @@ def check_code(job: JobConfig, sources: Sequence[Sequence[Any]], settings: Setti
         ClusterError: the node does not take code.
         ConfigError: a codec is a file that the job does not bring, or the other way round.
     """
-    files = {name for name in (job.codec, job.server_codec) if name and is_file_codec(name)}
+    files = set(file_codecs(job))
     brought = {str(name) for name, _ in sources}
     if (files or brought) and not settings.allow_code:
         _refuse_code(files | brought)

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import logging
 import math
 import os
 import platform
@@ -86,6 +87,15 @@ def create_folder(output: Path, job_id: str) -> Path:
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made: {error.strerror}") from error
     return folder
+
+
+def open_log(path: Path) -> tuple[logging.Logger, logging.Handler]:
+    """Return a logger of its own that writes to a file, and the handler, for who closes it."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.Logger(f"aiosgd.{path.stem}")
+    log.addHandler(handler)
+    return log, handler
 
 
 # Tables ------------------------------------------------------------------------------------

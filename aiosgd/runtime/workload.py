@@ -173,6 +173,12 @@ def is_file_codec(name: str) -> bool:
     return ".py:" in name
 
 
+def file_codecs(job: JobConfig) -> list[str]:
+    """Return the job's codecs that are given as FILE.py:CLASS, each once."""
+    names = (name for name in (job.codec, job.server_codec) if name)
+    return [name for name in dict.fromkeys(names) if is_file_codec(name)]
+
+
 def _load_codec(name: str, sources: Mapping[str, Path] | None) -> type[Codec]:
     if name.endswith(".py"):
         raise ConfigError(f"codec {name!r} names no class; expected FILE.py:CLASS")

@@ -170,14 +170,14 @@ async def begun(tmp_path):
     nodes = choose_nodes(asked)
     coordinator_ = Coordinator(asked, Silent(), nodes, *load_job(asked.job, 2, tmp_path))
     coordinator_.folder = results.create_folder(tmp_path / "runs", coordinator_.job_id)
-    coordinator_._log, close_log = coordinator._submit_log(coordinator_.folder)
+    coordinator_._log, handler = results.open_log(coordinator_.folder / "submit.log")
     coordinator_._harvest = harvest.Harvest(
         coordinator_.folder, coordinator_.load, nodes, coordinator_._log
     )
     coordinator_._links = {node: Recorder() for node in nodes}
     coordinator_._apply(Begin(0.0))
     yield coordinator_
-    close_log()
+    handler.close()
 
 
 def say(job, node, report, **content):
