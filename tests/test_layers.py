@@ -14,7 +14,7 @@ LAYERS = [
     "aiosgd aiosgd.errors",
     "aiosgd.plugins.registry aiosgd.codecs.base aiosgd.runtime.frame aiosgd.runtime.job",
     "aiosgd.runtime.toml_source aiosgd.runtime.connection aiosgd.runtime.executor",
-    "aiosgd.runtime.config aiosgd.codecs.* aiosgd.plugins.* aiosgd.legacy",
+    "aiosgd.runtime.config aiosgd.codecs.* aiosgd.plugins.* aiosgd.legacy aiosgd.runtime.endpoint",
     "aiosgd.plugins.kinds aiosgd.runtime.results aiosgd.runtime.hello aiosgd.runtime.mesh",
     "aiosgd.runtime.workload aiosgd.runtime.actor aiosgd.catalogue",
     "aiosgd.runtime.learner aiosgd.runtime.harvest",

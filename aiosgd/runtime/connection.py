@@ -14,12 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from aiosgd.errors import (
-    ClusterError,
-    LocalProtocolError,
-    PeerLostError,
-    RemoteProtocolError,
-)
+from aiosgd.errors import LocalProtocolError, PeerLostError, RemoteProtocolError
 from aiosgd.plugins.registry import describe
 from aiosgd.runtime.frame import (
     DEFAULT_LIMITS,
@@ -446,7 +441,7 @@ class Link(asyncio.BufferedProtocol):
         if self._linger is not None:
             self._linger.cancel()
         if error is not None and self._reason is None:
-            self._reason = PeerLostError(f"link to {self.address} broke: {_cause(error)}")
+            self._reason = PeerLostError(f"link to {self.address} broke: {cause(error)}")
         for waiter in self._flush_waiters:
             if not waiter.done():
                 waiter.set_exception(self._lost_error())
@@ -462,55 +457,7 @@ class Link(asyncio.BufferedProtocol):
         return error
 
 
-async def connect(
-    host: str,
-    port: int,
-    on_frame: FrameHandler | None,
-    on_closed: ClosedHandler,
-    timeout: float,
-    *,
-    limits: Limits = DEFAULT_LIMITS,
-) -> Link:
-    """Open a link.
-
-    Raises:
-        ClusterError: refused, unknown host, or no answer within `timeout` seconds; the message
-            names address and cause.
-    """
-    loop = asyncio.get_running_loop()
-    _check_port(host, port)
-    try:
-        async with asyncio.timeout(timeout):
-            _, link = await loop.create_connection(
-                lambda: Link(on_frame, on_closed, limits), host, port
-            )
-    except TimeoutError as error:
-        raise ClusterError(f"{host}:{port} does not answer within {timeout:g} s") from error
-    except (OSError, UnicodeError) as error:
-        raise ClusterError(f"{host}:{port} cannot be reached: {_cause(error)}") from error
-    return link
-
-
-async def listen(host: str, port: int, factory: Callable[[], Link]) -> asyncio.Server:
-    """Accept links, each made by `factory`; port 0 picks a free one.
-
-    Raises:
-        ClusterError: the address is in use or not ours; the message names address and cause.
-    """
-    loop = asyncio.get_running_loop()
-    _check_port(host, port)
-    try:
-        return await loop.create_server(factory, host, port)
-    except (OSError, UnicodeError) as error:
-        raise ClusterError(f"cannot listen on {host}:{port}: {_cause(error)}") from error
-
-
-def _check_port(host: str, port: int) -> None:
-    if not 0 <= port <= 0xFFFF:
-        raise ClusterError(f"{host}:{port} is no address: a port is at most 65535")
-
-
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """Return the plain reason of an error; event loops wrap it in texts of their own."""
     if isinstance(error, OSError) and error.errno:
         known = not isinstance(error, socket.gaierror)

@@ -9,7 +9,8 @@ from typing import Any
 from aiosgd import __version__
 from aiosgd.errors import ClusterError, RemoteProtocolError
 from aiosgd.runtime.config import Address
-from aiosgd.runtime.connection import Link, connect
+from aiosgd.runtime.connection import Link
+from aiosgd.runtime.endpoint import connect
 from aiosgd.runtime.frame import DEFAULT_LIMITS, WIRE_VERSION, Kind, Limits, encode
 
 # what an end that has not said who it is may send; its HELLO is a few short words

@@ -18,7 +18,8 @@ import numpy as np
 from aiosgd.errors import AiosgdError, ClusterError, ConfigError, RemoteProtocolError
 from aiosgd.plugins.registry import describe, error_text
 from aiosgd.runtime.config import Address
-from aiosgd.runtime.connection import Link, listen
+from aiosgd.runtime.connection import Link
+from aiosgd.runtime.endpoint import listen
 from aiosgd.runtime.frame import Kind
 from aiosgd.runtime.hello import STRANGER, accept, read_hello, refuse
 from aiosgd.runtime.job import SUBMITTER, Member, Order, Report, node_name

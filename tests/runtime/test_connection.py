@@ -14,7 +14,7 @@ import pytest
 
 from aiosgd.errors import ClusterError, PeerLostError, RemoteProtocolError
 from aiosgd.runtime import connection
-from aiosgd.runtime.connection import connect, listen
+from aiosgd.runtime.endpoint import connect, listen
 from aiosgd.runtime.frame import HEADER, Kind, Limits, encode
 from tests.runtime.links import (
     End,

@@ -21,7 +21,7 @@ from aiosgd.errors import (
 from aiosgd.plugins.trackers import Csv, Tracker
 from aiosgd.runtime import coordinator, harvest, results
 from aiosgd.runtime.config import Address, make_job
-from aiosgd.runtime.connection import Link, listen
+from aiosgd.runtime.connection import Link
 from aiosgd.runtime.coordinator import (
     Coordinator,
     Request,
@@ -31,6 +31,7 @@ from aiosgd.runtime.coordinator import (
     load_job,
     run_job,
 )
+from aiosgd.runtime.endpoint import listen
 from aiosgd.runtime.frame import encode
 from aiosgd.runtime.hello import accept
 from aiosgd.runtime.job import Begin, Cancel, Phase, Report, Reported, Seat

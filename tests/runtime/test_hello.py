@@ -8,7 +8,8 @@ import pytest
 from aiosgd import __version__
 from aiosgd.errors import ClusterError, RemoteProtocolError
 from aiosgd.runtime.config import Address
-from aiosgd.runtime.connection import Link, listen
+from aiosgd.runtime.connection import Link
+from aiosgd.runtime.endpoint import listen
 from aiosgd.runtime.frame import Kind, encode
 from aiosgd.runtime.hello import WIRE_VERSION, accept, greeting, introduce, read_hello, refuse
 

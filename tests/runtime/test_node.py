@@ -11,7 +11,7 @@ import threadpoolctl
 
 from aiosgd.errors import ClusterError, ConfigError
 from aiosgd.runtime import config, node, workload
-from aiosgd.runtime.connection import listen
+from aiosgd.runtime.endpoint import listen
 from aiosgd.runtime.frame import Kind, encode
 from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import Seat
