@@ -38,6 +38,12 @@ class _Rescue(NamedTuple):
     sent: asyncio.Future[int]
 
 
+class _Kept(NamedTuple):
+    """A message that came before its step; its sender has been told that it was taken."""
+
+    message: Message
+
+
 class Actor:
     """One codec, its mailbox and its results.
 
@@ -45,7 +51,9 @@ class Actor:
         codec: the codec, with its context in place.
         size: number of elements that a result must have.
         send: takes (node ids, step, content) and sends without waiting.
-        consumed: told the sender of each message once the codec is through with it.
+        consumed: told the sender of each message once the codec is through with it, or once it is
+            kept for a later step: a sender that is ahead must not be held up by what waits here,
+            for this node may still need something else from it.
 
     Attributes:
         late: messages of past steps that were not handed over (sync).
@@ -62,7 +70,7 @@ class Actor:
         self._send = send
         self._consumed = consumed
         self._stepwise = self.ctx.mode == "sync" and self.ctx.role == "worker"
-        self._mailbox: deque[Block | Message | _Rescue] = deque()
+        self._mailbox: deque[Block | Message | _Kept | _Rescue] = deque()
         self._early: defaultdict[int, list[Message]] = defaultdict(list)
         self._results: deque[Vector] = deque()
         self._wake: asyncio.Future[None] | None = None
@@ -188,9 +196,12 @@ class Actor:
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
 
-    async def _handle(self, item: Block | Message | _Rescue) -> None:
+    async def _handle(self, item: Block | Message | _Kept | _Rescue) -> None:
         if isinstance(item, Message):
             await self._message(item)
+            self._consumed(item.sender)
+        elif isinstance(item, _Kept):
+            await self._message(item.message)
         elif isinstance(item, Block):
             if not self.finished(item.step):
                 await self._call("update", item, item.step)
@@ -213,14 +224,12 @@ class Actor:
                 return
             if message.step < self.ctx.step and not self.codec.accepts_late:
                 self.late += 1
-                self._consumed(message.sender)
                 return
         elif self.ctx.role == "server":
             self.ctx.step = message.step
         if message.step == self.ctx.step or not self._stepwise:
             self._senders.add(message.sender)
         await self._call("receive", message, message.step)
-        self._consumed(message.sender)
 
     def _keep(self, message: Message) -> None:
         early = self._early[message.step]
@@ -265,7 +274,7 @@ class Actor:
         self._senders.clear()
         self.ctx.step += 1
         for message in reversed(self._early.pop(self.ctx.step, ())):
-            self._mailbox.appendleft(message)
+            self._mailbox.appendleft(_Kept(message))
 
     def _take(self) -> Vector:
         value = np.asarray(self.codec.take_result(), dtype=np.float32)

@@ -1,8 +1,9 @@
 """A link: one connection that carries frames.
 
 What makes a link as fast as a bare socket: the kernel writes a large body straight into the place
-where its arrays stay (`BufferedProtocol`), bodies are sent by reference, and they are handed over
-in slices while nothing is left unsent, so that no layer in between copies or queues them.
+where its arrays stay (`BufferedProtocol`), that place is memory that is warm from earlier use, bodies
+are sent by reference, and they are handed over piece by piece while nothing is left unsent, so that
+no layer in between copies or queues them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias, cast
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
 
 from aiosgd.errors import LocalProtocolError, PeerLostError, RemoteProtocolError
 from aiosgd.plugins.registry import describe
@@ -29,23 +31,32 @@ from aiosgd.runtime.frame import (
     allocate,
     decode,
     decode_header,
+    decode_inband,
 )
 
 STAGING_SIZE = HEADER_SIZE + MAX_METADATA
 """Frames up to this size are taken from one buffer, many per system call; header and metadata of
 every frame fit."""
-SLICE = 1 << 20
-"""Bytes per write. A transport copies what the kernel does not take, so 100 MB at once go at
-0.5 GB/s; slices of 256 KiB to 2 MiB all reach the speed of a bare socket."""
 GATHER = 64 << 10
-"""A piece below this is joined with what follows: a header that leaves alone wakes the receiver for
-nothing, and a message of 0.5 MB then takes twice as long."""
+"""Frames leave together until they have this many bytes: each write costs a system call and may wake
+the receiver."""
 BURST = 16
-"""Slices in a row before other callbacks of the loop get their turn: about 5 ms."""
+"""Pieces in a row before other callbacks of the loop get their turn: about 5 ms."""
 LINGER = 5.0
 """Seconds that a closing link waits for the peer's end: the deadline of every phase."""
+OPEN_CHANNELS = 1024
+"""Channels in which a peer may have a message under way; a job uses one per tensor group."""
+UNIX_BUFFER = 1 << 20
+"""Bytes of a unix socket's send buffer: with 208 KiB, the default, a chunk wakes both ends often."""
+NOT_SENT_AT_MOST = 256 << 10
+"""Bytes that the kernel takes ahead of what it can send to another host: what is urgent waits behind
+them. Within a host it would cost a fifth of the speed."""
+UNACKNOWLEDGED_AT_MOST = 10_000
+"""Milliseconds after which the kernel gives up on a host that acknowledges nothing."""
 
 _NO_BODY = allocate(0)
+
+MESSAGES = (Kind.MESSAGE, Kind.INBAND)
 
 FrameHandler: TypeAlias = "Callable[[Link, Kind, int, Any, int], None]"
 ClosedHandler: TypeAlias = "Callable[[Link, Exception | None], None]"
@@ -54,75 +65,124 @@ ClosedHandler: TypeAlias = "Callable[[Link, Exception | None], None]"
 # One link ------------------------------------------------------------------------------------
 
 
-class _Received(NamedTuple):
+@dataclass(slots=True)
+class _Incoming:
+    """A frame whose body is not all there yet.
+
+    Attributes:
+        filled: bytes of the body that are there.
+        until: how far the bytes reach that come next; beyond that, there are other frames.
+    """
+
     header: Header
     metadata: Buffer
     body: Bytes
+    filled: int
+    until: int
 
 
 class _Inbox:
     """Cuts the received bytes into frames.
 
-    Invariant: while a large body is being received, nothing is staged, so that the metadata stays
-    where it is.
+    Invariant: while a body is being received in place, nothing is staged.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self.memory: Callable[[int], Bytes] = allocate
         self._staging = memoryview(bytearray(STAGING_SIZE))
         self._start = self._end = 0
-        self._large: _Received | None = None
-        self._filled = 0
+        self._needed = HEADER_SIZE  # bytes that the next frame's staged part has at least
+        self._current: _Incoming | None = None  # whose bytes come next
+        self._open: dict[int, _Incoming] = {}  # by channel: bodies that come in chunks
 
     @property
     def is_empty(self) -> bool:
-        """Whether the bytes so far end with a whole frame."""
-        return self._large is None and self._start == self._end
+        """Whether the bytes so far end with a whole message."""
+        return self._current is None and not self._open and self._start == self._end
 
     def buffer(self) -> memoryview:
         """Return where the next bytes belong; never empty."""
-        if self._large is None:
-            return self._staging[self._end :]
-        return self._large.body.data[self._filled :]
+        current = self._current
+        if current is not None:
+            return current.body.data[current.filled : current.until]
+        # most of what follows a chunk is another one: not to be staged, for that is a copy
+        return self._staging[self._end : self._needed if self._open else None]
 
-    def received(self, count: int) -> Iterator[_Received]:
+    def received(self, count: int) -> Iterator[_Incoming]:
         """Yield the frames that `count` more bytes complete; metadata holds until the next one."""
-        if self._large is None:
+        if self._current is None:
             self._end += count
         else:
-            self._filled += count
-            if self._filled == len(self._large.body):
-                complete, self._large = self._large, None
-                yield complete
-        while (frame := self._next_staged()) is not None:
-            yield frame
+            self._current.filled += count
+        while self._current is not None or self._next_staged():
+            current = self._current
+            if current is None:
+                continue  # the header of a body in chunks
+            if current.filled < current.until:
+                break
+            self._current = None
+            if current.filled == len(current.body):
+                if self._open and current.header.is_chunked:
+                    del self._open[current.header.number]
+                yield current
         self._move_to_front()
 
-    def _next_staged(self) -> _Received | None:
-        available = self._end - self._start - HEADER_SIZE
-        if available < 0:
-            return None
+    def _next_staged(self) -> bool:
+        """Take what is staged of the next frame, if that is enough to go on."""
+        available = self._end - self._start
+        if available < HEADER_SIZE:
+            self._needed = HEADER_SIZE
+            return False
         header = decode_header(self._staging, self._start, self.limits)
-        size = header.metadata_size + header.body_size
-        if HEADER_SIZE + size > STAGING_SIZE:
-            if available >= header.metadata_size:
-                self._begin_large(header)
-            return None
-        return self._take(header, header.body_size) if available >= size else None
+        size = HEADER_SIZE + header.metadata_size + header.body_size
+        self._needed = HEADER_SIZE + header.metadata_size if size > STAGING_SIZE else size
+        if available < self._needed and header.kind is not Kind.CHUNK:
+            return False
+        self._begin(header)
+        return True
 
-    def _begin_large(self, header: Header) -> None:
-        staged = self._end - self._start - HEADER_SIZE - header.metadata_size
-        self._large = self._take(header, staged)
-        self._filled = staged
-
-    def _take(self, header: Header, staged: int) -> _Received:
-        """Take a frame out of the staging buffer, with the `staged` bytes of body there are."""
+    def _begin(self, header: Header) -> None:
         start = self._start + HEADER_SIZE
-        middle = start + header.metadata_size
-        body = allocate(header.body_size) if header.body_size else _NO_BODY
-        body.data[:staged] = self._staging[middle : middle + staged]
-        self._start = middle + staged
-        return _Received(header, self._staging[start:middle], body)
+        self._start = middle = start + header.metadata_size
+        if header.kind is Kind.CHUNK:
+            self._continue(header)
+            return
+        if header.is_chunked:
+            self._check_free(header.number)
+        body = self.memory(header.body_size) if header.body_size else _NO_BODY
+        incoming = _Incoming(header, self._staging[start:middle], body, 0, 0)
+        if header.is_chunked:
+            incoming.metadata = bytes(incoming.metadata)
+            self._open[header.number] = incoming
+            return
+        self._fill(incoming, header.body_size)
+        if incoming.filled < incoming.until:
+            incoming.metadata = bytes(incoming.metadata)
+
+    def _continue(self, header: Header) -> None:
+        """Begin to receive a chunk."""
+        incoming = self._open.get(header.number)
+        if incoming is None:
+            raise RemoteProtocolError(f"a chunk in channel {header.number}, where nothing is open")
+        if not 0 < header.body_size <= len(incoming.body) - incoming.filled:
+            raise RemoteProtocolError(f"a chunk has {header.body_size} bytes; its message has less")
+        self._fill(incoming, header.body_size)
+
+    def _fill(self, incoming: _Incoming, size: int) -> None:
+        """Let the next `size` bytes be those of a body; some may be staged already."""
+        staged = min(self._end - self._start, size)
+        first, middle = incoming.filled, incoming.filled + staged
+        incoming.body.data[first:middle] = self._staging[self._start : self._start + staged]
+        incoming.filled, incoming.until = middle, first + size
+        self._start += staged
+        self._current = incoming
+
+    def _check_free(self, channel: int) -> None:
+        if channel in self._open:
+            raise RemoteProtocolError(f"two messages at once in channel {channel}")
+        if len(self._open) >= OPEN_CHANNELS:
+            raise RemoteProtocolError(f"messages under way in more than {OPEN_CHANNELS} channels")
 
     def _move_to_front(self) -> None:
         if self._start:
@@ -131,69 +191,97 @@ class _Inbox:
             self._start, self._end = 0, len(rest)
 
 
+class _Outgoing:
+    """A frame on its way; between two pieces of a chunked one, others may leave."""
+
+    __slots__ = ("_pieces", "frame", "next")
+
+    def __init__(self, frame: Encoded) -> None:
+        self.frame = frame
+        self._pieces = frame.pieces()
+        self.next: list[Buffer] | None = next(self._pieces)
+
+    def take(self) -> list[Buffer]:
+        """Return the next piece; `next` is None after the last."""
+        piece, self.next = self.next, next(self._pieces, None)
+        assert piece is not None
+        return piece
+
+
 class _Outbox:
-    """Frames on their way to the kernel: urgent ones first, but never inside another frame."""
+    """Frames on their way to the kernel.
+
+    Urgent ones go first. Those of one channel keep their order; channels take turns, piece by
+    piece. A frame that is not chunked leaves in one go.
+    """
 
     def __init__(self) -> None:
         self.size = 0
         self._urgent: list[Encoded] = []
-        self._frames: deque[Encoded] = deque()
-        self._begun: deque[memoryview] = deque()  # what must leave before anything else
+        self._channels: dict[int, deque[Encoded]] = {}  # the first is next
+        self._begun: dict[int, _Outgoing] = {}  # by channel: its first frame, if it has begun
+        self._whole: _Outgoing | None = None  # must be finished before anything else
 
     def push(self, frame: Encoded, urgent: bool) -> None:
         """Append a frame to its queue."""
-        (self._urgent if urgent else self._frames).append(frame)
         self.size += frame.size
+        if urgent:
+            self._urgent.append(frame)
+        else:
+            self._channels.setdefault(frame.header.number, deque()).append(frame)
 
-    def next_write(self) -> Buffer | None:
-        """Take the bytes to write next, about 1 MiB at most."""
-        if not self._begun:
-            self._begin()
-        if not self._begun:
-            return None
-        piece = self._begun.popleft()
-        if len(piece) > SLICE:
-            self._begun.appendleft(piece[SLICE:])
-            piece = piece[:SLICE]
-        elif len(piece) < GATHER and self._begun:
-            piece = self._gather(piece)
-        self.size -= len(piece)
+    def next_write(self) -> list[Buffer]:
+        """Take what to write next: one large piece, or many small ones; empty if there is none."""
+        if self._whole is not None:
+            return self._counted(self._take(self._whole))
+        pieces: list[Buffer] = [part for frame in self._urgent for part in frame.buffers]
+        self._urgent.clear()
+        size = sum(map(len, pieces))
+        while self._channels and size < GATHER and self._whole is None:
+            piece = self._turn()
+            size += sum(map(len, piece))
+            pieces += piece
+        return self._counted(pieces)
+
+    def _turn(self) -> list[Buffer]:
+        """Take a piece of the first channel, and put that channel last."""
+        channel = next(iter(self._channels))
+        frames = self._channels.pop(channel)
+        outgoing = self._begun.pop(channel, None) or _Outgoing(frames.popleft())
+        piece = self._take(outgoing)
+        if outgoing.next is not None and self._whole is None:
+            self._begun[channel] = outgoing
+        if frames or channel in self._begun:
+            self._channels[channel] = frames
         return piece
 
-    def _begin(self) -> None:
-        """Begin all urgent frames, then small frames, up to a slice or the next large frame."""
-        frames, self._urgent = self._urgent, []
-        size = 0
-        while self._frames and size < SLICE and (not frames or len(frames[-1].buffers) == 1):
-            frames.append(self._frames.popleft())
-            size += len(frames[-1].buffers[0])
-        for frame in frames:
-            self._begun.extend(map(memoryview, frame.buffers))
+    def _take(self, outgoing: _Outgoing) -> list[Buffer]:
+        piece = outgoing.take()
+        chunked = outgoing.frame.header.is_chunked
+        self._whole = None if chunked or outgoing.next is None else outgoing
+        return piece
 
-    def _gather(self, piece: memoryview) -> memoryview:
-        """Fill a short piece up with what follows it."""
-        pieces, room = [piece], GATHER - len(piece)
-        while self._begun and room:
-            following = self._begun.popleft()
-            if len(following) > room:
-                self._begun.appendleft(following[room:])
-            pieces.append(following[:room])
-            room -= len(pieces[-1])
-        return memoryview(b"".join(pieces))
+    def _counted(self, pieces: list[Buffer]) -> list[Buffer]:
+        self.size -= sum(map(len, pieces))
+        return pieces
 
 
 class Link(asyncio.BufferedProtocol):
     """One connection that carries frames both ways; reading never waits for whoever handles them.
 
     Attributes:
-        on_frame: called as (link, kind, number, content, size in bytes) for each frame. It may be
-            replaced at any time; while it is None, frames are kept and reading rests.
+        on_frame: called as (link, kind, number, content, size in bytes) for each frame, once all
+            its chunks are there. It may be replaced at any time; while it is None, frames are kept
+            and reading rests.
         on_closed: called once as (link, reason) when the link is gone; the reason is None after an
             orderly end by either side.
         limits: what is accepted from the peer; may be replaced at any time.
+        memory: where the memory of bodies comes from, a function of their size; may be replaced.
+        over: `tcp`, `tls` or `unix`.
         last_heard, last_sent: the loop's time of the last bytes from the peer and to the kernel.
-        bytes_sent, bytes_received, messages_sent, messages_received: MESSAGE frames only, headers
+        bytes_sent, bytes_received, messages_sent, messages_received: messages only, headers
             included; sent means handed to `send`.
+        queue_peak: the most bytes that ever waited to leave.
     """
 
     def __init__(
@@ -204,6 +292,8 @@ class Link(asyncio.BufferedProtocol):
     ) -> None:
         self.on_closed = on_closed
         self.address = "?"
+        self.over = "?"
+        self.queue_peak = 0
         self.last_heard = self.last_sent = 0.0
         self.bytes_sent = self.bytes_received = 0
         self.messages_sent = self.messages_received = 0
@@ -235,6 +325,15 @@ class Link(asyncio.BufferedProtocol):
         self._inbox.limits = limits
 
     @property
+    def memory(self) -> Callable[[int], Bytes]:
+        """Where the memory of bodies comes from."""
+        return self._inbox.memory
+
+    @memory.setter
+    def memory(self, memory: Callable[[int], Bytes]) -> None:
+        self._inbox.memory = memory
+
+    @property
     def on_frame(self) -> FrameHandler | None:
         """What is called for each frame."""
         return self._on_frame
@@ -260,8 +359,10 @@ class Link(asyncio.BufferedProtocol):
     def send(self, frame: Encoded, urgent: bool = False) -> None:
         """Queue a frame; all that are queued in one turn of the loop leave together.
 
+        Its arrays may change only when the kernel has every byte of it, see `flushed`.
+
         Args:
-            urgent: ahead of the frames that are queued.
+            urgent: ahead of the frames that are queued, and between the chunks of large ones.
 
         Raises:
             PeerLostError: the link is closed.
@@ -269,9 +370,10 @@ class Link(asyncio.BufferedProtocol):
         if self._closed:
             raise self._lost_error()
         self._outbox.push(frame, urgent)
-        if frame.kind is Kind.MESSAGE:
+        if frame.header.kind in MESSAGES:
             self.bytes_sent += frame.size
             self.messages_sent += 1
+        self.queue_peak = max(self.queue_peak, self._outbox.size)
         self._schedule()
 
     def _schedule(self) -> None:
@@ -285,13 +387,21 @@ class Link(asyncio.BufferedProtocol):
         for _ in range(BURST):
             if self._paused or self._transport.is_closing():
                 return
-            piece = self._outbox.next_write()
-            if piece is None:
+            pieces = self._outbox.next_write()
+            if not pieces:
                 self._drained()
                 return
-            self._transport.write(piece)
+            self._write(pieces)
             self.last_sent = self._loop.time()
         self._schedule()
+
+    def _write(self, pieces: list[Buffer]) -> None:
+        if len(pieces) == 1:
+            self._transport.write(pieces[0])
+        elif len(pieces) > 4 and sum(map(len, pieces)) <= 2 * GATHER:
+            self._transport.write(b"".join(pieces))  # cheaper than many by reference
+        else:
+            self._transport.writelines(pieces)
 
     def pause_writing(self) -> None:
         """Note that the kernel is full; called by the transport."""
@@ -336,7 +446,7 @@ class Link(asyncio.BufferedProtocol):
             return
         try:
             for frame in self._inbox.received(count):
-                self._receive(*frame)
+                self._receive(frame)
                 if self.is_closed:
                     return
         except RemoteProtocolError as error:
@@ -345,10 +455,14 @@ class Link(asyncio.BufferedProtocol):
         except Exception as error:  # noqa: BLE001 - a handler's bug ends its link, nothing else
             self._handler_failed(error)
 
-    def _receive(self, header: Header, metadata: Buffer, body: Bytes) -> None:
-        content = decode(metadata, body)
-        size = HEADER_SIZE + header.metadata_size + header.body_size
-        if header.kind is Kind.MESSAGE:
+    def _receive(self, frame: _Incoming) -> None:
+        header = frame.header
+        if header.kind is Kind.INBAND:
+            content = decode_inband(frame.body)
+        else:
+            content = decode(frame.metadata, frame.body)
+        size = header.size
+        if header.kind in MESSAGES:
             self.bytes_received += size
             self.messages_received += 1
         if self._on_frame is not None and not self._kept:
@@ -396,10 +510,7 @@ class Link(asyncio.BufferedProtocol):
         # mean to pause for ever.
         high = 0 if transport.get_extra_info("sslcontext") is None else 1
         self._transport.set_write_buffer_limits(high=high, low=0)
-        connection = transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if connection.family in (socket.AF_INET, socket.AF_INET6):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.over = _configure(self._transport)
         if self._closed:
             self._transport.abort()
 
@@ -466,4 +577,20 @@ def cause(error: Exception) -> str:
 
 
 def _format_address(name: Any) -> str:
-    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "a socket pair")
+    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "a unix socket")
+
+
+def _configure(transport: asyncio.Transport) -> str:
+    """Set the options of a new connection's socket; return what it goes over."""
+    connection = transport.get_extra_info("socket")
+    option = connection.setsockopt
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        option(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER)
+        return "unix"
+    option(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    option(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_AT_MOST)
+    ours, theirs = (transport.get_extra_info(name) for name in ("sockname", "peername"))
+    if ours and theirs and ours[0] != theirs[0]:
+        option(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOT_SENT_AT_MOST)
+    return "tcp" if transport.get_extra_info("sslcontext") is None else "tls"

@@ -8,6 +8,12 @@ A frame is a 16-byte header, metadata and a body:
 
 Arrays travel by reference: `encode` copies no large array, and `decode` returns views of the body.
 Small arrays and scalars stay inside the metadata, in the form that msgpack-numpy gives them.
+
+The number of a MESSAGE is its channel. A body of more than 1 MiB does not follow its metadata: it
+comes in CHUNK frames of the same number, so that other channels and urgent frames get their turns
+in between. An INBAND frame is a message without metadata, whose body is just what
+`msgpack_numpy.packb` gives, for peers that have nothing else; it comes whole.
+
 Decoding trusts nothing: dtypes come from a table, sizes are checked before memory is taken, and
 whatever is wrong is a RemoteProtocolError. msgpack-numpy's own decoder is never used: it unpickles.
 """
@@ -17,7 +23,7 @@ from __future__ import annotations
 import importlib
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple, TypeAlias
@@ -43,6 +49,8 @@ MAX_METADATA = 64 << 10
 MAX_BODY = 4 << 30
 MAX_ITEMS = 4096
 """Items of one list, tuple or dict; without it, 16 MiB of empty maps become 1.2 GB of objects."""
+MAX_INBAND_ITEMS = 16 * MAX_ITEMS
+"""Items of an INBAND frame in all, several for each array."""
 MAX_DEPTH = 32
 MAX_DIMENSIONS = 32
 MAX_EXTENT = 1 << 40
@@ -53,21 +61,28 @@ INLINE_BELOW = 512
 """Below this many bytes, an own place in the body costs more than a copy."""
 JOIN_UP_TO = 16 << 10
 """Up to this many bytes, one copied buffer is cheaper than several by reference."""
+CHUNK = 1 << 20
+"""Bytes of a body that travel in one go. Pieces of 256 KiB to 2 MiB all reach the speed of a bare
+socket; larger ones are copied by the transport, and hold up heartbeats."""
 
 _ARRAY, _SCALAR, _TUPLE = 0x4E, 0x53, 0x54  # extension types: N, S, T
 _PADDING = bytes(ALIGNMENT)
 
 
 class Kind(IntEnum):
-    """What a frame is; 2 (content as plain msgpack-numpy) and 3 (part of a frame) are reserved."""
+    """What a frame is."""
 
     HELLO = 0
     MESSAGE = 1
+    INBAND = 2
+    CHUNK = 3
     CREDIT = 4
     PING = 5
+    PONG = 6
 
 
 _KINDS = {int(kind): kind for kind in Kind}
+_WITHOUT_METADATA = (Kind.INBAND, Kind.CHUNK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +106,8 @@ class Header(NamedTuple):
     """The fixed part of a frame; sizes in bytes.
 
     Attributes:
-        number: what it counts depends on the kind; a CREDIT frame's number of messages.
+        number: the channel of a MESSAGE, INBAND or CHUNK, how many messages a CREDIT is for, and
+            which PING a PONG answers.
     """
 
     kind: Kind
@@ -99,23 +115,52 @@ class Header(NamedTuple):
     metadata_size: int
     body_size: int
 
+    @property
+    def is_chunked(self) -> bool:
+        """Whether the body comes in CHUNK frames."""
+        return self.kind is Kind.MESSAGE and self.body_size > CHUNK
+
+    @property
+    def size(self) -> int:
+        """Bytes on the wire, with the headers of the chunks."""
+        chunks = -(-self.body_size // CHUNK) if self.is_chunked else 0
+        return HEADER_SIZE * (1 + chunks) + self.metadata_size + self.body_size
+
 
 class Encoded(NamedTuple):
     """A frame ready to be sent, any number of times.
 
     Attributes:
-        buffers: its bytes in order; large arrays by reference, so they must not change until sent.
-        size: the frame's bytes in all, header included.
+        header: its header.
+        buffers: header, metadata and body in order; large arrays by reference, so they must not
+            change until sent.
+        size: bytes on the wire, with the headers of its chunks.
     """
 
-    kind: Kind
+    header: Header
     buffers: Sequence[Buffer]
     size: int
 
+    def pieces(self) -> Iterator[list[Buffer]]:
+        """Yield what to send, piece by piece.
+
+        Only the pieces of an INBAND frame must leave in one go; between those of a MESSAGE, frames
+        of other channels may.
+        """
+        if self.header.body_size <= CHUNK:
+            yield list(self.buffers)
+            return
+        head, *bodies = self.buffers
+        start: list[Buffer] = [head]
+        for parts, size in _cut(bodies):
+            if self.header.is_chunked:
+                start.append(HEADER.pack(MAGIC, Kind.CHUNK, self.header.number, 0, size))
+            yield start + parts
+            start = []
+
     def received(self) -> Any:
         """Return the content as a receiver gets it: copied once, arrays read-only."""
-        head = memoryview(self.buffers[0])
-        header = decode_header(head)
+        head, header = memoryview(self.buffers[0]), self.header
         end = HEADER_SIZE + header.metadata_size
         body = allocate(header.body_size)
         place, position = body.data, 0
@@ -123,6 +168,24 @@ class Encoded(NamedTuple):
             place[position : position + len(part)] = part
             position += len(part)
         return decode(head[HEADER_SIZE:end], body)
+
+
+def _cut(buffers: Iterable[Buffer]) -> Iterator[tuple[list[Buffer], int]]:
+    """Cut buffers, one after the other, into pieces of CHUNK bytes; yield each with its size."""
+    parts: list[Buffer] = []
+    size = 0
+    for buffer in buffers:
+        view, position = memoryview(buffer), 0
+        while position < len(view):
+            part = view[position : position + CHUNK - size]
+            parts.append(part)
+            position += len(part)
+            size += len(part)
+            if size == CHUNK:
+                yield parts, size
+                parts, size = [], 0
+    if size:
+        yield parts, size
 
 
 # dtypes ---------------------------------------------------------------------------------------
@@ -179,10 +242,37 @@ def encode(content: Any, kind: Kind = Kind.MESSAGE, number: int = 0) -> Encoded:
     if not 0 <= number <= 0xFFFF:
         raise LocalProtocolError(f"frame: number is {number}; expected 0 to 65535")
     metadata, bodies, body_size = (b"", [], 0) if content is None else _encode_content(content)
-    head = HEADER.pack(MAGIC, kind, number, len(metadata), body_size) + metadata
-    size = len(head) + body_size
+    return _frame(Header(kind, number, len(metadata), body_size), metadata, bodies)
+
+
+def encode_inband(content: Any, number: int = 0) -> Encoded:
+    """Build the INBAND frame that carries `content` as `msgpack_numpy.packb` would; it copies.
+
+    Raises:
+        LocalProtocolError: a type, dtype or size that cannot travel; a tuple arrives as a list.
+    """
+    try:
+        body = msgpack.packb(content, default=_inband)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise LocalProtocolError(f"content cannot be encoded: {error}") from error
+    return _frame(Header(Kind.INBAND, number, 0, len(body)), b"", [body])
+
+
+def _inband(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        dtype = _wire_dtype(value.dtype)
+        if dtype in _INLINE:
+            return msgpack_numpy.encode(np.asarray(value, dtype)[()])
+        raise LocalProtocolError(f"an array of dtype {dtype} cannot be sent by msgpack-numpy")
+    return _plain(value)
+
+
+def _frame(header: Header, metadata: bytes, bodies: Sequence[Buffer]) -> Encoded:
+    kind, number, metadata_size, body_size = header
+    head = HEADER.pack(MAGIC, kind, number, metadata_size, body_size) + metadata
+    size = header.size
     buffers: list[Buffer] = [head, *bodies]
-    return Encoded(kind, [b"".join(buffers)] if size <= JOIN_UP_TO else buffers, size)
+    return Encoded(header, [b"".join(buffers)] if size <= JOIN_UP_TO else buffers, size)
 
 
 def _encode_content(content: Any) -> tuple[bytes, list[Buffer], int]:
@@ -352,6 +442,8 @@ def decode_header(view: Buffer, offset: int = 0, limits: Limits = DEFAULT_LIMITS
         raise RemoteProtocolError(
             f"frame has a body of {body_size} bytes; at most {limits.max_body}"
         )
+    if metadata_size and kind in _WITHOUT_METADATA:
+        raise RemoteProtocolError(f"{kind.name} frame has {metadata_size} bytes of metadata")
     return Header(kind, number, metadata_size, body_size)
 
 
@@ -377,6 +469,26 @@ def decode(metadata: Buffer, body: Bytes) -> Any:
     return _Reader(view, len(body)).read(bytes(metadata))
 
 
+def decode_inband(body: Bytes) -> Any:
+    """Return the content of an INBAND frame: arrays are read-only, and copies.
+
+    Raises:
+        RemoteProtocolError: whatever else the bytes are.
+    """
+    packed = body.data
+    _check_items(packed)
+    try:
+        content = msgpack.unpackb(packed, object_hook=_map, strict_map_key=False)
+        _check_values(content)
+    except RemoteProtocolError:
+        raise
+    except Exception as error:
+        raise RemoteProtocolError(
+            f"body cannot be unpacked: {str(error) or type(error).__name__}"
+        ) from error
+    return content
+
+
 def allocate(size: int) -> Bytes:
     """Return `size` uninitialised bytes whose address is a multiple of 64."""
     memory = np.empty(size + ALIGNMENT, np.uint8)
@@ -388,6 +500,52 @@ def allocate(size: int) -> Bytes:
 _OPENING = bytes((*range(0x80, 0xA0), 0xC7, 0xC8, 0xC9, *range(0xD4, 0xD9), *range(0xDC, 0xE0)))
 _NOT_OPENING = bytes(sorted(set(range(256)) - set(_OPENING)))
 _TIMESTAMPS = (b"\xd6\xff", b"\xd7\xff", b"\xc7\x0c\xff")
+
+
+# What a msgpack item's first byte says: bytes of its own length field, and bytes per unit of it.
+_SIZES = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8}
+_SIZES |= {0xCC + i: 1 << i for i in range(4)} | {0xD0 + i: 1 << i for i in range(4)}
+_LENGTHS = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}  # bin, str
+_COUNTS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}  # array, map
+
+
+def _check_items(packed: memoryview) -> None:
+    """Raise if there are too many items, or not just as many as the bytes say; takes no memory."""
+    position = items = 0
+    expected = 1
+    while items < expected:
+        if position >= len(packed):
+            raise RemoteProtocolError("body ends in the middle of its content")
+        size, children = _item(packed, position)
+        position += size
+        expected += children
+        items += 1
+        if items > MAX_INBAND_ITEMS:
+            raise RemoteProtocolError(f"body has more than {MAX_INBAND_ITEMS} items")
+    if position != len(packed):
+        raise RemoteProtocolError(f"content ends at {position}, the body at {len(packed)}")
+
+
+def _item(packed: memoryview, position: int) -> tuple[int, int]:
+    """Return how many bytes an item takes before its children, and how many children it has."""
+    first = packed[position]
+    if first in _SIZES:
+        return 1 + _SIZES[first], 0
+    if first < 0x80 or first >= 0xE0:
+        return 1, 0
+    if first < 0x90:
+        return 1, 2 * (first & 0x0F)
+    if first < 0xA0:
+        return 1, first & 0x0F
+    if first < 0xC0:
+        return 1 + (first & 0x1F), 0
+    width, unit = _COUNTS.get(first, (_LENGTHS.get(first), 0))
+    if width is None:
+        raise RemoteProtocolError(
+            f"body has an item of type {first:#04x}; extensions are not taken"
+        )
+    number = int.from_bytes(packed[position + 1 : position + 1 + width], "big")
+    return (1 + width, number * unit) if unit else (1 + width + number, 0)
 
 
 class _Reader:

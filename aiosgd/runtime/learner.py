@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from aiosgd.codecs.base import Vector
 from aiosgd.plugins.optimizers import Optimizer
+from aiosgd.runtime.frame import Bytes, allocate
 from aiosgd.runtime.workload import Workload
 
 Indices = npt.NDArray[np.int64]
@@ -98,10 +100,17 @@ class Learner:
     Args:
         workload: the job's plugins.
         weights: the initial weights, float32; copied.
+        memory: where each block's vectors come from, a function of their size in bytes.
     """
 
-    def __init__(self, workload: Workload, weights: Vector) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        weights: Vector,
+        memory: Callable[[int], Bytes] = allocate,
+    ) -> None:
         self.weights = np.array(weights, dtype=np.float32)
+        self._memory = memory
         self.sampler = Sampler(workload)
         self._load = workload
         self._optimizer = workload.make_optimizer()
@@ -167,9 +176,12 @@ class Learner:
         data = self._load.data
         indices = self.sampler.indices(step, block)
         x, y = data.train_x[indices], data.train_y[indices]
-        gradient = np.empty_like(self.weights)
+        gradient = self._empty()
         loss, accuracy = self._load.model.gradients(self.weights, x, y, gradient)
         return self._value(gradient, step, block), loss, accuracy, len(y)
+
+    def _empty(self) -> Vector:
+        return self._memory(self.weights.nbytes).view(np.float32)
 
     def _value(self, gradient: Vector, step: int, block: int) -> Vector:
         if self._load.exchange == "gradients":
@@ -177,7 +189,7 @@ class Learner:
         optimizer = self._block_optimizers.get(block)
         if optimizer is None:
             optimizer = self._block_optimizers[block] = self._load.make_optimizer()
-        value = np.empty_like(gradient)
+        value = self._empty()
         optimizer.delta(self.weights, gradient, step, value)
         if self._load.exchange == "weights":
             value += self.weights

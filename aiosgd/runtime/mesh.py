@@ -1,20 +1,24 @@
 """The mesh: the links of one job on one node, the transport that a session sees.
 
-Two things on top of what links do: credits, so that a sender knows what its receivers have
-handled, and heartbeats, so that a silent peer is noticed.
+Two things on top of what links do: credits, so that a sender knows what its receivers have taken
+and never has more under way than they have room for, and heartbeats, so that a silent peer is
+noticed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import math
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiosgd.errors import LocalProtocolError, PeerLostError, RemoteProtocolError
 from aiosgd.runtime.connection import Link
-from aiosgd.runtime.frame import Encoded, Kind, encode
+from aiosgd.runtime.frame import Bytes, Encoded, Kind, allocate, encode
 
 HEARTBEAT = 1.0
 """Seconds without anything to send after which a link sends a PING."""
@@ -25,38 +29,117 @@ CREDIT_DELAY = 0.05
 """Seconds that a credit may wait for a message to travel with: far below any timeout, yet long
 enough to spare most frames of their own."""
 
+WINDOW_BYTES = 32 << 20
+"""Bytes under way to a peer that it has not consumed: what 10 Gbit/s carry in 25 ms."""
+WINDOW_MESSAGES = 2
+"""Messages that may be under way whatever their size: one is handled while the next arrives."""
+OWED_AT_MOST = WINDOW_BYTES // 4
+"""Bytes for which a sender may wait for its credit."""
+
+STATISTICS = (
+    *("peer", "over", "bytes_sent", "bytes_received", "messages_sent", "messages_received"),
+    *("queue_peak", "round_trip_s"),
+)
+"""Columns of the table of links."""
+
 _MAX_NUMBER = 0xFFFF
-_PING = encode(None, Kind.PING)
 
 
 @dataclass(slots=True)
 class _Peer:
-    """A living peer; counts of MESSAGE frames.
+    """A living peer.
 
     Attributes:
-        outstanding: sent by us, and the peer has not said that it consumed them.
-        unconsumed: received, and the session has not consumed them.
-        owed: consumed, and the peer has not been told.
+        waiting: sent by us, and there is no room for it yet.
+        under_way: sizes of what we have sent, and the peer has not said that it consumed it.
+        bytes_under_way: their sum.
+        unconsumed: sizes of what we have received, and the session has not consumed.
+        owed, bytes_owed: messages consumed, and the peer has not been told.
+        pinged: when the last PING left; None once it was answered.
+        round_trip: seconds that the answer to the last PING took; NaN before the first.
     """
 
     link: Link
-    outstanding: int = 0
-    unconsumed: int = 0
+    waiting: deque[Encoded] = field(default_factory=deque)
+    under_way: deque[int] = field(default_factory=deque)
+    bytes_under_way: int = 0
+    unconsumed: deque[int] = field(default_factory=deque)
     owed: int = 0
+    bytes_owed: int = 0
+    pings: int = 0
+    pinged: float | None = None
+    round_trip: float = math.nan
+
+    @property
+    def outstanding(self) -> int:
+        """Messages that the peer has not said that it consumed."""
+        return len(self.waiting) + len(self.under_way)
+
+    def send(self, frame: Encoded) -> None:
+        """Send a message as soon as there is room for it."""
+        self.waiting.append(frame)
+        self.send_waiting()
+
+    def send_waiting(self) -> None:
+        """Send what there is room for."""
+        while self.waiting and self._has_room(self.waiting[0].size):
+            frame = self.waiting.popleft()
+            self.under_way.append(frame.size)
+            self.bytes_under_way += frame.size
+            self.link.send(frame)
+
+    def send_all(self) -> None:
+        """Send the last messages, for which no credit will come."""
+        while self.waiting and not self.link.is_closed:
+            self.link.send(self.waiting.popleft())
+
+    def _has_room(self, size: int) -> bool:
+        few = len(self.under_way) < WINDOW_MESSAGES
+        return few or self.bytes_under_way + size <= WINDOW_BYTES
+
+    def credit(self, count: int) -> None:
+        """Take the peer's word that it consumed `count` messages."""
+        for _ in range(count):  # which ones is not said: in the end the sum is right
+            self.bytes_under_way -= self.under_way.popleft()
+        self.send_waiting()
+
+    def return_credit(self) -> None:
+        """Tell the peer how many of its messages were consumed since the last time."""
+        while self.owed and not self.link.is_closed:
+            count = min(self.owed, _MAX_NUMBER)
+            self.link.send(encode(None, Kind.CREDIT, count), urgent=True)
+            self.owed -= count
+        self.bytes_owed = 0
+
+    def ping(self) -> None:
+        """Ask for a sign of life, unless one is asked for already."""
+        if self.pinged is None:
+            self.pings = (self.pings + 1) & _MAX_NUMBER
+            self.pinged = time.perf_counter()
+        self.link.send(encode(None, Kind.PING, self.pings), urgent=True)
+
+    def pong(self, number: int) -> None:
+        """Take the answer to a PING."""
+        if self.pinged is not None and number == self.pings:
+            self.round_trip = time.perf_counter() - self.pinged
+            self.pinged = None
 
 
 class Mesh:
     """The links of one job on one node: the transport that a session sees.
 
     A message counts as outstanding until the receiver's session has consumed it, which a CREDIT
-    frame tells. `send` never waits; who must not run ahead awaits `room` first.
+    frame tells. `send` never waits: what a receiver has no room for stays here, by reference, so
+    that a receiver holds at most 32 MiB or two messages of each peer. Who must not run ahead awaits
+    `room` first.
 
     Args:
         node: this node's id; what is sent to it is delivered here, with a receiver's view of it.
         deliver: called as (sender, content, size in bytes) for each message.
         lost: called once as (peer, reason) when a peer is gone, unless `close` was called.
         eager_credit: return credits at the end of the loop's turn (somebody waits for them);
-            otherwise they travel with the next message to that peer, or alone after 50 ms.
+            otherwise they travel with the next message to that peer, or alone after 50 ms or 8 MiB.
+        memory: where links take the memory of large messages from.
 
     Attributes:
         bytes_sent, bytes_received: totals of MESSAGE frames on the wire, headers included.
@@ -69,6 +152,7 @@ class Mesh:
         deliver: Callable[[int, Any, int], None],
         lost: Callable[[int, Exception], None],
         eager_credit: bool,
+        memory: Callable[[int], Bytes] = allocate,
     ) -> None:
         self.node = node
         self.bytes_sent = self.bytes_received = 0
@@ -76,6 +160,7 @@ class Mesh:
         self._deliver = deliver
         self._lost = lost
         self._eager_credit = eager_credit
+        self._memory = memory
         self._loop = asyncio.get_running_loop()
         self._peers: dict[int, _Peer] = {}
         self._gone: set[int] = set()
@@ -106,11 +191,16 @@ class Mesh:
         self._gone.discard(peer)
         self._peers[peer] = _Peer(link)
         link.last_heard = self._loop.time()  # heartbeats are owed from now on
+        link.memory = self._memory
         link.on_closed = functools.partial(self._link_closed, peer)
         link.on_frame = functools.partial(self._receive, peer)
 
-    def send(self, to: Sequence[int], content: Any) -> int:
+    def send(self, to: Sequence[int], content: Any, channel: int = 0) -> int:
         """Encode `content` once and send it to each node of `to`; nothing is sent on an error.
+
+        Args:
+            channel: 0 … 65535; the messages of a channel keep their order, and large ones of
+                several channels take turns.
 
         Returns:
             The bytes that go over the wire; what this node sends to itself does not.
@@ -121,7 +211,7 @@ class Mesh:
         """
         for node in to:
             self._check_target(node)
-        frame = encode(content)
+        frame = encode(content, number=channel)
         size = sum(self._send_frame(node, frame) for node in to)
         self.bytes_sent += size
         return size
@@ -140,9 +230,8 @@ class Mesh:
             self._loop.call_soon(self._deliver_here, frame.received(), frame.size)
             return 0
         peer = self._peers[node]
-        _return_credit(peer)
-        peer.outstanding += 1
-        peer.link.send(frame)
+        peer.return_credit()
+        peer.send(frame)
         return frame.size
 
     def _deliver_here(self, content: Any, size: int) -> None:
@@ -154,22 +243,26 @@ class Mesh:
     ) -> None:
         peer = self._peers[sender]
         if kind is Kind.MESSAGE:
-            peer.unconsumed += 1
+            peer.unconsumed.append(size)
             self.bytes_received += size
             self._deliver(sender, content, size)
         elif kind is Kind.CREDIT:
             self._take_credit(peer, number)
-        elif kind is not Kind.PING:
+        elif kind is Kind.PING:
+            link.send(encode(None, Kind.PONG, number), urgent=True)
+        elif kind is Kind.PONG:
+            peer.pong(number)
+        else:
             raise RemoteProtocolError(f"node {sender} sent a {kind.name} frame within a job")
 
     # Flow control
 
     def _take_credit(self, peer: _Peer, count: int) -> None:
-        if count > peer.outstanding:
+        if count > len(peer.under_way):
             raise RemoteProtocolError(
-                f"credit for {count} messages, but {peer.outstanding} are outstanding"
+                f"credit for {count} messages, but {len(peer.under_way)} are under way"
             )
-        peer.outstanding -= count
+        peer.credit(count)
         fullest = self._fullest()
         for waiter, window in self._waiters.items():
             if fullest <= window and not waiter.done():
@@ -188,9 +281,11 @@ class Mesh:
         if peer is None or not peer.unconsumed:
             raise LocalProtocolError(f"{self} has no message of node {sender} to consume")
         self.messages_consumed += 1
-        peer.unconsumed -= 1
         peer.owed += 1
-        if self._credit_handle is None:
+        peer.bytes_owed += peer.unconsumed.popleft()
+        if peer.bytes_owed > OWED_AT_MOST:
+            peer.return_credit()
+        elif self._credit_handle is None:
             self._credit_handle = (
                 self._loop.call_soon(self._return_credits)
                 if self._eager_credit
@@ -200,7 +295,7 @@ class Mesh:
     def _return_credits(self) -> None:
         self._credit_handle = None
         for peer in self._peers.values():
-            _return_credit(peer)
+            peer.return_credit()
 
     async def room(self, window: int) -> None:
         """Wait until every living peer has at most `window` outstanding messages.
@@ -251,11 +346,12 @@ class Mesh:
 
     def beat(self, now: float) -> None:
         """Do what one heartbeat asks for at the loop's time `now`."""
-        for peer in self.silent(now):
-            silence = now - self._peers[peer].link.last_heard
-            self._lose(peer, PeerLostError(f"node {peer} has been silent for {silence:.1f} s"))
-        for peer in self.idle():
-            self._peers[peer].link.send(_PING, urgent=True)
+        for node in self.silent(now):
+            silence = now - self._peers[node].link.last_heard
+            self._lose(node, PeerLostError(f"node {node} has been silent for {silence:.1f} s"))
+        for peer in self._peers.values():
+            if not peer.link.is_closed:
+                peer.ping()
         self._last_beat = now
 
     def silent(self, now: float) -> list[int]:
@@ -268,14 +364,27 @@ class Mesh:
             return []
         return [i for i, peer in self._peers.items() if now - peer.link.last_heard > DEAD_AFTER]
 
-    def idle(self) -> list[int]:
-        """Return the peers that have got nothing since the last beat, and for which none waits."""
-        return [
-            i
-            for i, peer in self._peers.items()
-            if not (peer.link.is_closed or peer.link.queued)
-            and peer.link.last_sent <= self._last_beat
+    def statistics(self) -> dict[str, list[Any]]:
+        """Return a table of the links, column by column, a row per living peer.
+
+        Bytes and messages are those of messages, headers included; `queue_peak` is the most bytes
+        that ever waited to leave; `round_trip_s` is that of the last heartbeat, NaN before one.
+        """
+        rows = [
+            (
+                node,
+                peer.link.over,
+                peer.link.bytes_sent,
+                peer.link.bytes_received,
+                peer.link.messages_sent,
+                peer.link.messages_received,
+                peer.link.queue_peak,
+                peer.round_trip,
+            )
+            for node, peer in sorted(self._peers.items())
         ]
+        columns = zip(*rows, strict=True) if rows else [()] * len(STATISTICS)
+        return {name: list(column) for name, column in zip(STATISTICS, columns, strict=True)}
 
     def close(self) -> None:
         """End all links in order, once everything queued has left; `lost` is not called."""
@@ -288,17 +397,10 @@ class Mesh:
         self._fail_waiters(PeerLostError(f"{self} was closed"))
         for peer in self._peers.values():
             peer.link.on_frame = peer.link.on_closed = _ignore
+            peer.send_all()
             peer.link.close()
         self._gone.update(self._peers)
         self._peers.clear()
-
-
-def _return_credit(peer: _Peer) -> None:
-    """Tell the peer how many of its messages were consumed since the last time."""
-    while peer.owed and not peer.link.is_closed:
-        count = min(peer.owed, _MAX_NUMBER)
-        peer.link.send(encode(None, Kind.CREDIT, count), urgent=True)
-        peer.owed -= count
 
 
 def _ignore(*_: Any) -> None:

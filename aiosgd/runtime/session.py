@@ -18,6 +18,7 @@ import numpy as np
 from aiosgd.codecs.base import Block, Message, Vector
 from aiosgd.errors import JobFailedError, RemoteProtocolError
 from aiosgd.runtime.actor import Actor
+from aiosgd.runtime.frame import Bytes, allocate
 from aiosgd.runtime.learner import Computed, Learner
 from aiosgd.runtime.results import EVAL, TRAIN, Rows
 from aiosgd.runtime.workload import Workload, group_size
@@ -32,7 +33,7 @@ PROGRESS_INTERVAL = 0.2
 
 
 class Transport(Protocol):
-    """Carries messages between the nodes of one job, in order for each pair.
+    """Carries messages between the nodes of one job, in order for each pair and channel.
 
     Attributes:
         bytes_sent, bytes_received: of messages, headers included.
@@ -44,8 +45,11 @@ class Transport(Protocol):
     messages_sent: int
     messages_consumed: int
 
-    def send(self, to: Sequence[int], content: Any) -> int:
-        """Send to each node without waiting; return the bytes sent in all."""
+    def send(self, to: Sequence[int], content: Any, channel: int) -> int:
+        """Send to each node without waiting; return the bytes sent in all.
+
+        Messages of a channel keep their order; large ones of several channels take turns.
+        """
 
     def consumed(self, sender: int) -> None:
         """Tell a sender that one of its messages was handled."""
@@ -102,6 +106,7 @@ class Place:
         report: takes Progress and Evaluation.
         log: writes a line to the node's log of this job.
         clock: the time in seconds, finely; uvloop's own clock counts whole milliseconds.
+        memory: where large vectors come from, a function of their size in bytes.
     """
 
     node: int
@@ -112,6 +117,7 @@ class Place:
     report: Callable[[Progress | Evaluation], None]
     log: Callable[[str], None]
     clock: Callable[[], float] = time.perf_counter
+    memory: Callable[[int], Bytes] = allocate
 
 
 class Session:
@@ -135,7 +141,8 @@ class Session:
         self.samples = 0
         self.train_s = 0.0
         self._load = workload
-        self._learner = Learner(workload, weights) if place.node >= 0 else None
+        learns = place.node >= 0
+        self._learner = Learner(workload, weights, place.memory) if learns else None
         self._sizes = [group_size(group) for group in workload.groups]
         self._offsets = np.cumsum([0, *self._sizes])
         self._actors = [self._make_actor(group, weights) for group in range(len(self._sizes))]
@@ -158,11 +165,12 @@ class Session:
             weights[self._slice(group)].copy(),
             executor=place.executor.assist,
             logger=place.log,
+            memory=place.memory,
         )
 
         def send(to: tuple[int, ...], step: int, content: Any) -> None:
             if to:
-                place.transport.send(to, [group, step, content])
+                place.transport.send(to, [group, step, content], group & 0xFFFF)
 
         return Actor(codec, self._sizes[group], send, place.transport.consumed)
 

@@ -97,7 +97,7 @@ class Workload:
 
         Args:
             initial: the initial weights of this tensor group.
-            tools: the context's `executor` and `logger`.
+            tools: the context's `executor`, `logger` and `memory`.
 
         Raises:
             CodecError: it cannot be made.

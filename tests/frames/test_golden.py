@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aiosgd.runtime.frame import HEADER_SIZE, Kind, allocate, decode, decode_header, encode
+from aiosgd.runtime.frame import (
+    HEADER_SIZE,
+    Kind,
+    allocate,
+    decode,
+    decode_header,
+    decode_inband,
+    encode,
+    encode_inband,
+)
 
 FOLDER = Path(__file__).parent
 DTYPES = ("?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16")
@@ -25,6 +34,7 @@ GOLDEN = {
     "v1-hello": (Kind.HELLO, 0, {"wire": 1, "version": "0.1.0", "node": -1}),
     "v1-credit": (Kind.CREDIT, 3, None),
     "v1-ping": (Kind.PING, 0, None),
+    "v1-pong": (Kind.PONG, 258, None),
     "v1-plain": (
         Kind.MESSAGE,
         0,
@@ -51,6 +61,11 @@ GOLDEN = {
 }
 
 
+INBAND = {"text": "Grüße", "list": [1, -2.5, None, True, b"\xff"], "array": ramp("f4", (2, 130))}
+INBAND |= {code: ramp(code, (2, 3)) for code in DTYPES} | {"scalar": np.float32(1.5)}
+GOLDEN["v1-inband"] = (Kind.INBAND, 5, INBAND)
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.bin")), ids=lambda path: path.stem)
 def test_decodes_for_ever(path):
     data = path.read_bytes()
@@ -60,13 +75,17 @@ def test_decodes_for_ever(path):
     body[:] = np.frombuffer(data, np.uint8, offset=end)
     kind, number, content = GOLDEN[path.stem]
     assert (header.kind, header.number) == (kind, number)
-    assert_same(decode(data[HEADER_SIZE:end], body), content)
+    if kind is Kind.INBAND:
+        assert_same(decode_inband(body), content)
+    else:
+        assert_same(decode(data[HEADER_SIZE:end], body), content)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_is_still_written_in_the_same_bytes(name):
     kind, number, content = GOLDEN[name]
-    written = b"".join(encode(content, kind, number).buffers)
+    frame = encode_inband(content, number) if kind is Kind.INBAND else encode(content, kind, number)
+    written = b"".join(frame.buffers)
     assert written == (FOLDER / f"{name}.bin").read_bytes()
 
 

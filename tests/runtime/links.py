@@ -10,6 +10,7 @@ import uvloop
 
 from aiosgd.runtime import connection
 from aiosgd.runtime.connection import Link
+from aiosgd.runtime.endpoint import connect, listen
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
@@ -81,6 +82,19 @@ async def pair(sockets=None, limits=connection.DEFAULT_LIMITS):
     return ends
 
 
+async def tcp_pair():
+    """Return two ends that are connected over TCP."""
+    a, b = End(), End()
+    server = await listen("127.0.0.1", 0, b.make)
+    host, port = server.sockets[0].getsockname()
+    a.link = await connect(host, port, a.on_frame, a.on_closed, 5)
+    made.append(a.link)
+    while b.link is None or not b.link._connected:
+        await turns(1)
+    server.close()
+    return a, b
+
+
 async def end_and_socket(limits=connection.DEFAULT_LIMITS):
     """Return an end and the bare, non-blocking socket that it talks to."""
     ours, theirs = socket.socketpair()
@@ -98,7 +112,8 @@ async def turns(count=5):
 
 
 def joined(frame):
-    return b"".join(frame.buffers)
+    """Return a frame as it goes over the wire."""
+    return b"".join(part for piece in frame.pieces() for part in piece)
 
 
 def is_closed_with(reason, kind, words):

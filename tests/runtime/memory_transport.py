@@ -140,8 +140,8 @@ class MemoryTransport:
         self._unconsumed: Counter[int] = Counter()
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
 
-    def send(self, to: Sequence[int], content: Any) -> int:
-        frame = encode(content)
+    def send(self, to: Sequence[int], content: Any, channel: int) -> int:
+        frame = encode(content, number=channel)
         snapshot = b"".join(frame.buffers)
         for node in to:
             self.steps[content[1]] += 1

@@ -12,10 +12,11 @@ import weakref
 import numpy as np
 import pytest
 
-from aiosgd.errors import ClusterError, PeerLostError, RemoteProtocolError
+from aiosgd.errors import PeerLostError, RemoteProtocolError
 from aiosgd.runtime import connection
 from aiosgd.runtime.endpoint import connect, listen
-from aiosgd.runtime.frame import HEADER, Kind, Limits, encode
+from aiosgd.runtime.frame import CHUNK, HEADER, Kind, Limits, allocate, encode, encode_inband
+from aiosgd.runtime.pool import Pool
 from tests.runtime.links import (
     End,
     end_and_socket,
@@ -24,6 +25,7 @@ from tests.runtime.links import (
     made,
     on_both_loops,
     pair,
+    tcp_pair,
     turns,
 )
 
@@ -144,9 +146,9 @@ async def test_many_small_frames_leave_in_one_write():
 
 
 @on_both_loops
-async def test_urgent_frames_overtake_queued_ones_but_not_one_that_has_begun():
+async def test_urgent_frames_leave_between_the_chunks_of_a_large_one():
     a, b = await pair()
-    large = encode(np.zeros(8 << 20, "u1"))
+    large = encode(np.zeros(32 << 20, "u1"))
     a.link.send(large)
     a.link.send(encode("second"))
     await turns()
@@ -155,8 +157,89 @@ async def test_urgent_frames_overtake_queued_ones_but_not_one_that_has_begun():
     a.link.send(encode(None, Kind.PING), urgent=True)
     a.link.send(encode(None, Kind.CREDIT, 1), urgent=True)
     kinds = [(await b.frames.get()) for _ in range(5)]
-    assert [kind for kind, *_ in kinds] == [1, Kind.PING, Kind.CREDIT, 1, 1]
+    assert [kind for kind, *_ in kinds] == [Kind.PING, Kind.CREDIT, 1, 1, 1]
     assert [content for *_, content, _ in kinds[3:]] == ["second", "third"]
+
+
+@on_both_loops
+async def test_channels_take_turns_and_keep_their_order():
+    a, b = await pair()
+    large = np.arange(24 << 20, dtype="u1")
+    a.link.send(encode(large, number=3))
+    a.link.send(encode("after the large one", number=3))
+    for i in range(5):
+        a.link.send(encode(i, number=i % 2))
+    a.link.send(encode(large[: 2 << 20], number=7))
+    order = [(await b.frames.get())[1:3] for _ in range(8)]
+    assert [content for number, content in order if number == 0] == [0, 2, 4]
+    assert [content for number, content in order if number == 1] == [1, 3]
+    assert [number for number, _ in order[6:]] == [3, 3]  # the largest is the last
+    assert np.array_equal(order[6][1], large)
+    assert order[7][1] == "after the large one"
+    assert a.link.queue_peak > large.nbytes
+
+
+@on_both_loops
+async def test_messages_of_many_channels_arrive_in_pieces_of_any_size():
+    """Chunks of several channels, whole frames between them, cut anywhere."""
+    end, theirs = await end_and_socket()
+    loop = asyncio.get_running_loop()
+    arrays = [np.arange(size, dtype="u1") for size in (3 << 20, (2 << 20) + 17, 70_000, 5)]
+    streams = [encode([i, array], number=i).pieces() for i, array in enumerate(arrays)]
+    data = b""
+    while streams:
+        for stream in list(streams):
+            piece = next(stream, None)
+            if piece is None:
+                streams.remove(stream)
+            else:
+                data += b"".join(piece) + joined(encode(None, Kind.PING))
+    with theirs:
+        for i in range(0, len(data), 99_991):
+            await loop.sock_sendall(theirs, data[i : i + 99_991])
+            await turns(1)
+        received = {}
+        while len(received) < len(arrays):
+            kind, number, content, _ = await end.frames.get()
+            if kind is Kind.MESSAGE:
+                received[number] = content
+        for i, array in enumerate(arrays):
+            assert received[i][0] == i
+            assert np.array_equal(received[i][1], array)
+        end.link.abort()
+    await end.closed
+
+
+@on_both_loops
+async def test_a_message_of_plain_msgpack_numpy_arrives_whole():
+    a, b = await pair()
+    content = {"x": np.arange(3 << 20, dtype="f4"), "y": [1, np.float64(2), None]}
+    a.link.send(encode_inband(content, 4))
+    a.link.send(encode(None, Kind.PING), urgent=True)
+    first, second = await b.frames.get(), await b.frames.get()
+    if first[0] is Kind.PING:
+        first, second = second, first
+    assert first[:2] == (Kind.INBAND, 4)
+    assert np.array_equal(first[2]["x"], content["x"])
+    assert not first[2]["x"].flags.writeable
+    assert first[2]["y"] == [1, 2.0, None]
+    assert (a.link.messages_sent, b.link.messages_received) == (1, 1)
+    assert a.link.bytes_sent == b.link.bytes_received == first[3]
+
+
+@on_both_loops
+async def test_bodies_come_out_of_the_links_memory_and_go_back():
+    a, b = await pair()
+    pool = Pool()
+    b.link.memory = pool.take
+    addresses = set()
+    for i in range(20):
+        a.link.send(encode(np.full(2 << 20, i, "u1")))
+        array = await b.content()
+        assert (array == i).all()
+        addresses.add(array.ctypes.data)
+        del array
+    assert len(addresses) == 1
 
 
 @on_both_loops
@@ -175,7 +258,14 @@ class Hungry:
 
     def __init__(self):
         self.written = []
-        self.write = self.written.append
+        self.pieces = []
+
+    def write(self, piece):
+        self.writelines([piece])
+
+    def writelines(self, pieces):
+        self.written.append(b"".join(pieces))
+        self.pieces += pieces
 
     def is_closing(self):
         return False
@@ -185,7 +275,7 @@ class Hungry:
 
 
 @on_both_loops
-async def test_a_long_frame_leaves_in_slices_and_lets_the_loop_breathe():
+async def test_a_long_frame_leaves_in_chunks_and_lets_the_loop_breathe():
     end = End()
     link = end.make()
     link._transport = hungry = Hungry()
@@ -197,10 +287,10 @@ async def test_a_long_frame_leaves_in_slices_and_lets_the_loop_breathe():
     assert len(hungry.written) == connection.BURST
     assert link.queued == frame.size - sum(map(len, hungry.written))
     await waiting
-    assert max(map(len, hungry.written)) <= connection.SLICE
+    assert max(map(len, hungry.written)) <= CHUNK + 100
     assert b"".join(hungry.written) == joined(frame)
-    by_reference = [p for p in hungry.written if np.shares_memory(np.frombuffer(p, "u1"), data)]
-    assert sum(map(len, by_reference)) >= frame.size - connection.GATHER
+    by_reference = [p for p in hungry.pieces if np.shares_memory(np.frombuffer(p, "u1"), data)]
+    assert sum(map(len, by_reference)) == data.nbytes
 
 
 @on_both_loops
@@ -256,7 +346,7 @@ async def test_flushed_waits_until_the_kernel_has_every_byte():
 @on_both_loops
 async def test_a_sent_array_is_kept_until_it_has_left_and_no_longer():
     a, b = await pair()
-    array = np.ones(4 << 20, "u1")
+    array = np.ones(64 << 20, "u1")
     alive = weakref.ref(array)
     a.link.send(encode(array))
     del array
@@ -493,8 +583,8 @@ async def test_what_waits_stays_out_of_the_transport():
     with theirs:
         end.link.send(encode(np.ones(1 << 20)))
         await turns(50)
-        assert end.link.queued > 4 * connection.SLICE
-        assert end.link._transport.get_write_buffer_size() <= connection.SLICE
+        assert end.link.queued > 4 * CHUNK
+        assert end.link._transport.get_write_buffer_size() <= CHUNK + 100
         end.link.abort()
     await end.closed
 
@@ -511,7 +601,9 @@ async def test_a_reset_is_a_lost_peer():
 GARBAGE = {
     "http": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "0x47"),
     "zeros": (bytes(100), "0x00"),
-    "kind": (HEADER.pack(0xA5, 2, 0, 0, 0), "kind 2"),
+    "kind": (HEADER.pack(0xA5, 9, 0, 0, 0), "kind 9"),
+    "chunk of nothing": (HEADER.pack(0xA5, 3, 5, 0, 9), "channel 5, where nothing is open"),
+    "inband": (HEADER.pack(0xA5, 2, 0, 0, 1) + b"\xc1", "type 0xc1"),
     "metadata": (HEADER.pack(0xA5, 1, 0, 1 << 31, 0), "metadata"),
     "body": (HEADER.pack(0xA5, 1, 0, 5, 5000), "at most 4096"),
     "content": (HEADER.pack(0xA5, 1, 0, 1, 0) + b"\xc1", "metadata"),
@@ -532,21 +624,52 @@ async def test_garbage_closes_the_link_with_a_reason(name, before):
     assert end.frames.empty()
 
 
+CHUNKED = joined(encode(np.zeros(2 << 20, "u1"), number=5))
+FIRST = CHUNKED[: len(CHUNKED) - (1 << 20) - 16]  # the message and its first chunk
+BAD_CHUNKS = {
+    "a second message": (FIRST + CHUNKED, "two messages at once in channel 5"),
+    "an empty chunk": (FIRST + HEADER.pack(0xA5, 3, 5, 0, 0), "a chunk has 0 bytes"),
+    "too long a chunk": (FIRST + HEADER.pack(0xA5, 3, 5, 0, (1 << 20) + 1), "its message has less"),
+    "metadata": (FIRST + HEADER.pack(0xA5, 3, 5, 3, 10), "CHUNK frame has 3 bytes of metadata"),
+    "more than its share": (CHUNKED + HEADER.pack(0xA5, 3, 5, 0, 1) + b"x", "nothing is open"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHUNKS)
+@on_both_loops
+async def test_a_wrong_chunk_closes_the_link(name):
+    data, words = BAD_CHUNKS[name]
+    end, theirs = await end_and_socket()
+    with theirs, contextlib.suppress(ConnectionError):
+        await asyncio.get_running_loop().sock_sendall(theirs, data)
+    assert is_closed_with(await end.closed, RemoteProtocolError, words)
+
+
+@on_both_loops
+async def test_a_peer_may_not_open_any_number_of_channels(monkeypatch):
+    monkeypatch.setattr(connection, "OPEN_CHANNELS", 3)
+    end, theirs = await end_and_socket()
+    large = np.zeros(2 << 20, "u1")
+    heads = [encode(large, number=i).buffers[0] for i in range(4)]
+    with theirs:
+        theirs.send(b"".join(heads))
+        assert is_closed_with(await end.closed, RemoteProtocolError, "more than 3 channels")
+
+
 @on_both_loops
 async def test_a_refused_large_body_is_freed_with_the_link():
     """The reason is kept for reports; it must not keep the frame that it complains about."""
     end, theirs = await end_and_socket()
     loop = asyncio.get_running_loop()
     bodies = []
-    original = connection.allocate
-    with theirs, pytest.MonkeyPatch.context() as patch:
+    with theirs:
 
-        def allocate(size):
-            body = original(size)
+        def memory(size):
+            body = allocate(size)
             bodies.append(weakref.ref(body.base))
             return body
 
-        patch.setattr(connection, "allocate", allocate)
+        end.link.memory = memory
         data = HEADER.pack(0xA5, 1, 0, 1, 1 << 20) + b"\x01" + bytes(1 << 20)
         await loop.sock_sendall(theirs, data)
         reason = await end.closed
@@ -646,98 +769,3 @@ def tls_contexts(folder):
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server.load_cert_chain(certificate, key)
     return server, ssl.create_default_context(cafile=certificate)
-
-
-# Connecting
-
-
-async def tcp_pair():
-    a, b = End(), End()
-    server = await listen("127.0.0.1", 0, b.make)
-    host, port = server.sockets[0].getsockname()
-    a.link = await connect(host, port, a.on_frame, a.on_closed, 5)
-    made.append(a.link)
-    while b.link is None or not b.link._connected:
-        await turns(1)
-    server.close()
-    return a, b
-
-
-@on_both_loops
-async def test_connect_and_listen():
-    a, b = await tcp_pair()
-    a.link.send(encode("hello", Kind.HELLO))
-    assert await b.frames.get() == (Kind.HELLO, 0, "hello", 22)
-    for end in (a, b):
-        sock = end.link._transport.get_extra_info("socket")
-        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-    assert "127.0.0.1:" in repr(a.link)
-    assert "open" in repr(a.link)
-    a.link.close()
-    assert "closed" in repr(a.link)
-    await a.closed
-    await b.closed
-
-
-@on_both_loops
-async def test_a_refused_connection_names_address_and_cause():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with pytest.raises(ClusterError, match=f"127.0.0.1:{port}.*Connection refused"):
-        await connect("127.0.0.1", port, None, print, 5)
-
-
-@on_both_loops
-async def test_an_impossible_host_is_a_cluster_error():
-    host = "x" * 70 + ".invalid"  # a label has at most 63 characters
-    with pytest.raises(ClusterError, match=f"{host}:1 cannot be reached: "):
-        await connect(host, 1, None, print, 5)
-    with pytest.raises(ClusterError, match=f"cannot listen on {host}:1: "):
-        await listen(host, 1, End().make)
-
-
-@pytest.mark.parametrize("port", [-1, 65536])
-@on_both_loops
-async def test_an_impossible_port_is_a_cluster_error(port):
-    with pytest.raises(ClusterError, match=f"x:{port} is no address"):
-        await connect("x", port, None, print, 5)
-    with pytest.raises(ClusterError, match=f"x:{port} is no address"):
-        await listen("x", port, End().make)
-
-
-@on_both_loops
-async def test_an_unknown_host_is_named_with_the_cause(monkeypatch):
-    async def unknown(*_, **__):
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    class Loop:
-        create_connection = unknown
-
-    monkeypatch.setattr(asyncio, "get_running_loop", Loop)
-    with pytest.raises(ClusterError, match=r"nowhere:1 .*: Name or service not known"):
-        await connect("nowhere", 1, None, print, 5)
-
-
-@on_both_loops
-async def test_no_answer_in_time_is_named():
-    """A listener whose backlog is full does not answer at all."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        port = listener.getsockname()[1]
-        with pytest.raises(ClusterError, match=f"127.0.0.1:{port} does not answer within 0.02 s"):
-            await connect("127.0.0.1", port, None, print, 0.02)
-
-
-@on_both_loops
-async def test_a_port_in_use_is_named():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(ClusterError, match=f"127.0.0.1:{port}: Address already in use"):
-            await listen("127.0.0.1", port, End().make)

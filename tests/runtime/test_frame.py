@@ -22,6 +22,7 @@ from hypothesis.extra import numpy as hnp
 from aiosgd.errors import LocalProtocolError, RemoteProtocolError
 from aiosgd.runtime import frame
 from aiosgd.runtime.frame import (
+    CHUNK,
     HEADER,
     HEADER_SIZE,
     Kind,
@@ -29,7 +30,9 @@ from aiosgd.runtime.frame import (
     allocate,
     decode,
     decode_header,
+    decode_inband,
     encode,
+    encode_inband,
 )
 
 DTYPES = ["?", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8", "c8", "c16"]
@@ -457,9 +460,8 @@ def test_a_bomb_of_announced_lists_takes_no_memory():
     ("header", "words"),
     [
         (HEADER.pack(0xA4, 1, 0, 0, 0), "0xa4"),
-        (HEADER.pack(0xA5, 2, 0, 0, 0), "kind 2"),
-        (HEADER.pack(0xA5, 3, 0, 0, 0), "kind 3"),
-        (HEADER.pack(0xA5, 6, 0, 0, 0), "kind 6"),
+        (HEADER.pack(0xA5, 7, 0, 0, 0), "kind 7"),
+        (HEADER.pack(0xA5, 2, 0, 1, 0), "INBAND frame has 1 bytes of metadata"),
         (HEADER.pack(0xA5, 1, 0, 1001, 0), "1001 bytes of metadata; at most 1000"),
         (HEADER.pack(0xA5, 1, 0, 0, 2001), "2001 bytes; at most 2000"),
     ],
@@ -606,3 +608,117 @@ def test_frame_has_no_input_or_output():
     loaded = done.stdout
     assert "aiosgd.runtime.frame" in loaded
     assert not any(f"'{name}'" in loaded for name in ("asyncio", "socket", "logging", "random"))
+
+
+# Pieces: what goes over the wire
+
+
+@pytest.mark.parametrize("size", [0, 1, 512, 20_000, CHUNK - 1, CHUNK])
+def test_a_body_of_up_to_one_mib_leaves_whole(size):
+    built = encode({"x": np.zeros(size, "u1")}, number=9)
+    (piece,) = built.pieces()
+    assert b"".join(piece) == b"".join(built.buffers)
+    assert built.size == built.header.size == sum(map(len, piece))
+
+
+@pytest.mark.parametrize("sizes", [[CHUNK + 1], [3 * CHUNK], [700_000] * 5, [600, CHUNK, 65]])
+def test_a_larger_body_leaves_in_chunks_of_the_same_number(sizes):
+    content = [np.arange(size, dtype="u1") for size in sizes]
+    built = encode(content, number=300)
+    data = b"".join(part for piece in built.pieces() for part in piece)
+    assert len(data) == built.size == built.header.size
+    head = decode_header(data)
+    assert head == built.header
+    end = HEADER_SIZE + head.metadata_size
+    metadata, body, position = data[HEADER_SIZE:end], b"", end
+    while position < len(data):
+        chunk = decode_header(data, position)
+        assert (chunk.kind, chunk.number, chunk.metadata_size) == (Kind.CHUNK, 300, 0)
+        position += HEADER_SIZE
+        body += data[position : position + chunk.body_size]
+        position += chunk.body_size
+    memory = allocate(len(body))
+    memory[:] = np.frombuffer(body, "u1")
+    for sent, received in zip(content, decode(metadata, memory), strict=True):
+        assert np.array_equal(sent, received)
+
+
+def test_chunks_are_views_of_the_sent_array():
+    array = np.zeros(5 * CHUNK, "u1")
+    parts = [part for piece in encode(array).pieces() for part in piece if len(part) > 1000]
+    assert sum(map(len, parts)) == array.nbytes
+    assert all(np.shares_memory(np.frombuffer(part, "u1"), array) for part in parts)
+
+
+# INBAND: content just as msgpack-numpy gives it
+
+
+def inband(packed):
+    return decode_inband(np.frombuffer(packed, "u1"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        [1, -1, 2**63, 0.5, "é", b"\x00", True, {"a": {b"b": []}, 3: "x"}],
+        np.arange(70_000, dtype="f4").reshape(7, -1),
+        {"scalar": np.int16(-3), "empty": np.zeros((0, 5)), "complex": np.ones(3, "c16")},
+        ["x" * 40, "x" * 300, "x" * 70_000, b"x" * 300, b"x" * 70_000, list(range(70))],
+        {str(i): i for i in range(300)},
+    ],
+)
+def test_inband_content_is_what_msgpack_numpy_gives_and_takes(content):
+    built = encode_inband(content, 3)
+    packed = b"".join(built.buffers)[HEADER_SIZE:]
+    assert packed == msgpack_numpy.packb(content)
+    assert decode_header(built.buffers[0])[:2] == (Kind.INBAND, 3)
+    assert same(inband(packed), msgpack_numpy.unpackb(packed, strict_map_key=False))
+
+
+def test_inband_frames_are_never_chunked():
+    built = encode_inband(np.zeros(3 * CHUNK, "u1"))
+    pieces = list(built.pieces())
+    assert len(pieces) == 4
+    assert b"".join(b"".join(piece) for piece in pieces) == b"".join(built.buffers)
+    assert built.size == sum(map(len, built.buffers))
+
+
+@pytest.mark.parametrize("value", [np.array([None]), np.array(["x"]), object(), 2**64, 1j])
+def test_what_msgpack_numpy_would_pickle_is_not_sent_inband(value):
+    with pytest.raises(LocalProtocolError):
+        encode_inband([value])
+
+
+OBJECT = {b"nd": True, b"type": "|O", b"kind": b"O", b"shape": (1,), b"data": b"cos\nsystem\n."}
+
+
+@pytest.mark.parametrize(
+    ("packed", "words"),
+    [
+        (b"", "ends in the middle"),
+        (b"\x92\x01", "ends in the middle"),
+        (b"\xdd\xff\xff\xff\xff\x01", "ends in the middle"),
+        (b"\xc6\xff\xff\xff\xff\x01", "ends at 4294967300"),
+        (b"\x01\x02", "content ends at 1, the body at 2"),
+        (b"\xc1", "type 0xc1"),
+        (b"\xd6\xff\x00\x00\x00\x00", "type 0xd6"),
+        (b"\xc7\x01\x01\x00", "type 0xc7"),
+        (b"\xdd\x00\x02\x00\x00" + b"\x80" * 0x20000, "more than 65536 items"),
+        (b"\x91" * 40 + b"\x01", "nested more than 32"),
+        (b"\x91" * 60_000 + b"\x01", "cannot be unpacked"),
+        (msgpack_numpy.packb(OBJECT), "dtype"),
+        (msgpack_numpy.packb({**OBJECT, b"type": "<f4", b"kind": b""}), "does not match"),
+        (msgpack_numpy.packb({b"nd": True, b"type": "<f4"}), "no small array"),
+        (msgpack_numpy.packb({b"nd": False, b"type": "<f4" * 99, b"data": b""}), "dtype"),
+    ],
+)
+def test_inband_bytes_that_are_wrong_are_refused(packed, words):
+    with pytest.raises(RemoteProtocolError, match=words):
+        inband(packed)
+
+
+@given(st.binary(max_size=200))
+def test_any_inband_bytes_are_content_or_refused(packed):
+    with contextlib.suppress(RemoteProtocolError):
+        inband(packed)

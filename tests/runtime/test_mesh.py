@@ -1,6 +1,7 @@
 """Meshes: credits, heartbeats, and what happens when a peer is lost."""
 
 import asyncio
+import math
 
 import numpy as np
 import pytest
@@ -65,7 +66,9 @@ async def node_and_end(**options):
 async def test_one_encoding_serves_many_receivers(monkeypatch):
     sender_node, *receivers = await nodes(4)
     count = []
-    monkeypatch.setattr(mesh, "encode", lambda *args: count.append(1) or encode(*args))
+    monkeypatch.setattr(
+        mesh, "encode", lambda *args, **options: count.append(1) or encode(*args, **options)
+    )
     content = {"x": (1, np.ones(100_000))}
     size = encode(content).size
     assert sender_node.mesh.send([1, 2, 3], content) == 3 * size
@@ -247,7 +250,8 @@ async def test_unhurried_credits_travel_alone_in_the_end():
 async def test_many_credits_take_several_frames(monkeypatch):
     monkeypatch.setattr(mesh, "_MAX_NUMBER", 4)
     _, peer = await node_and_end(consume=True)
-    peer.link.send(Encoded(Kind.MESSAGE, [joined(encode(None)) * 9], 16 * 9))
+    empty = encode(None)
+    peer.link.send(Encoded(empty.header, [joined(empty) * 9], 16 * 9))
     assert [(await peer.frames.get())[1] for _ in range(3)] == [4, 4, 1]
 
 
@@ -268,7 +272,7 @@ async def test_consuming_what_was_never_received_is_our_error():
 @pytest.mark.parametrize(
     ("frame", "words"),
     [
-        (encode(None, Kind.CREDIT, 2), "2 messages, but 1 are outstanding"),
+        (encode(None, Kind.CREDIT, 2), "2 messages, but 1 are under way"),
         (encode(None, Kind.HELLO), "HELLO"),
     ],
 )
@@ -400,25 +404,108 @@ async def test_a_node_that_slept_itself_blames_nobody():
 
 
 @on_both_loops
-async def test_pings_go_where_nothing_else_was_sent():
+async def test_every_beat_asks_for_the_round_trip():
+    a, b = await nodes(2)
+    assert math.isnan(a.mesh.statistics()["round_trip_s"][0])
+    a.mesh.beat(a.mesh._last_beat + 1)
+    while math.isnan(trip := a.mesh.statistics()["round_trip_s"][0]):
+        await turns(1)
+    assert 0 < trip < 5
+    assert b.messages.empty()
+
+
+@on_both_loops
+async def test_an_answer_to_another_ping_says_nothing():
     node, peer = await node_and_end()
-    node.mesh._last_beat = node.link(1).last_sent
     node.mesh.beat(node.mesh._last_beat + 1)
-    assert (await peer.frames.get())[0] is Kind.PING
-    node.link(1).last_sent = 50.0
-    node.mesh._last_beat = 49.9
-    assert node.mesh.idle() == []
-    node.mesh._last_beat = 50.0
-    assert node.mesh.idle() == [1]
-    node.mesh.send([1], "queued")
-    assert node.mesh.idle() == []
+    kind, number, *_ = await peer.frames.get()
+    assert kind is Kind.PING
+    peer.link.send(encode(None, Kind.PONG, number + 1))
+    peer.link.send(encode("done"))
+    await node.messages.get()
+    assert math.isnan(node.mesh.statistics()["round_trip_s"][0])
+    peer.link.send(encode(None, Kind.PONG, number))
+    peer.link.send(encode("done"))
+    await node.messages.get()
+    assert node.mesh.statistics()["round_trip_s"][0] > 0
+
+
+@on_both_loops
+async def test_the_table_of_links_counts_what_went_over_each():
+    a, b, c = await nodes(3, consume=True)
+    sizes = [a.mesh.send([1], "x" * 100), a.mesh.send([1, 2], np.ones(9))]
+    for node in (b, b, c):
+        await node.messages.get()
+    table = a.mesh.statistics()
+    assert list(table) == list(mesh.STATISTICS)
+    assert table["peer"] == [1, 2]
+    assert table["over"] == ["unix", "unix"]
+    assert table["bytes_sent"] == [sizes[0] + sizes[1] // 2, sizes[1] // 2]
+    assert table["messages_sent"] == [2, 1]
+    assert min(table["queue_peak"]) >= sizes[1] // 2
+    assert b.mesh.statistics()["bytes_received"] == [table["bytes_sent"][0], 0]
+    a.mesh.close()
+    assert a.mesh.statistics() == {name: [] for name in mesh.STATISTICS}
+
+
+# What a receiver has no room for stays with the sender
+
+
+@on_both_loops
+async def test_two_large_messages_are_under_way_and_the_others_wait():
+    node, peer = await node_and_end()
+    large = np.zeros(mesh.WINDOW_BYTES, "u1")
+    for i in range(5):
+        node.mesh.send([1], [i, large])
+    assert [(await peer.content())[0] for _ in range(2)] == [0, 1]
+    await turns(20)
+    assert peer.frames.empty()
+    for i in (2, 3, 4):
+        peer.link.send(encode(None, Kind.CREDIT, 1))
+        assert (await peer.content())[0] == i
+        assert node.outstanding(1) == 6 - i
+
+
+@on_both_loops
+async def test_small_messages_are_under_way_up_to_the_window(monkeypatch):
+    monkeypatch.setattr(mesh, "WINDOW_BYTES", 1000)
+    node, peer = await node_and_end()
+    size = encode(bytes(76)).size
+    for i in range(30):
+        node.mesh.send([1], bytes([i]) * 76)
+    room = 1000 // size
+    assert [(await peer.content())[0] for _ in range(room)] == list(range(room))
+    await turns(20)
+    assert peer.frames.empty()
+    peer.link.send(encode(None, Kind.CREDIT, room))
+    assert [(await peer.content())[0] for _ in range(room)] == list(range(room, 2 * room))
+
+
+@on_both_loops
+async def test_a_receiver_that_consumes_keeps_the_sender_going():
+    a, b = await nodes(2, consume=True, eager=False)
+    array = np.zeros(mesh.WINDOW_BYTES // 4, "u1")
+    for i in range(40):
+        a.mesh.send([1], [i, array])
+    assert [(await b.messages.get())[1][0] for i in range(40)] == list(range(40))
+
+
+@on_both_loops
+async def test_what_waits_for_room_still_leaves_at_the_end():
+    node, peer = await node_and_end()
+    large = np.zeros(mesh.WINDOW_BYTES, "u1")
+    for i in range(4):
+        node.mesh.send([1], [i, large])
+    node.mesh.close()
+    assert [(await peer.content())[0] for _ in range(4)] == [0, 1, 2, 3]
+    assert await peer.closed is None
 
 
 @on_both_loops
 async def test_pings_keep_a_link_alive_and_are_no_messages():
     a, b = await nodes(2)
     b.link(0).last_heard = -1e9
-    a.link(1).last_sent = a.mesh._last_beat = 0.0
+    a.mesh._last_beat = 0.0
     a.mesh.beat(1.0)
     while b.link(0).last_heard < 0:
         await turns(1)
@@ -441,7 +528,6 @@ async def test_watch_beats_once_per_heartbeat(monkeypatch):
     node, peer = await node_and_end()
     watching = asyncio.ensure_future(node.mesh.watch())
     for _ in range(3):
-        node.link(1).last_sent = -1.0
         assert (await peer.frames.get())[0] is Kind.PING
     watching.cancel()
     await asyncio.wait([watching])
