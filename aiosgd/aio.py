@@ -26,6 +26,7 @@ from aiosgd.runtime.config import (
 )
 from aiosgd.runtime.coordinator import Observer, Request, code_files, load_job, run_job
 from aiosgd.runtime.harvest import Outcome
+from aiosgd.runtime.security import SecurityFiles
 from aiosgd.runtime.toml_source import TomlSource
 from aiosgd.runtime.workload import file_codecs, is_file_codec, load_codecs
 
@@ -76,11 +77,13 @@ async def submit(
     """
     if not isinstance(cluster, Cluster):
         cluster = load_cluster(cluster)
+    security = await asyncio.to_thread(cluster.security.load)
     request = Request(
         job=_make_job(options, sets, job_file, cluster),
         workers=cluster.workers,
         servers=cluster.servers,
         data_dir=Path(data_dir or default_data_dir()),
+        security=security,
     )
     return await run_job(request, observer or Silent())
 
@@ -117,6 +120,7 @@ async def run(
             workers=[Address.parse(text, "local worker") for text in nodes.workers],
             servers=[Address.parse(text, "local server") for text in nodes.servers],
             data_dir=data_dir,
+            security=SecurityFiles(secret_file=nodes.secret_file).load(),
         )
         return await run_job(request, observer, loaded)
 

@@ -15,7 +15,16 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
 
 import typer
 
@@ -23,8 +32,12 @@ from aiosgd.errors import AiosgdError, ConfigError, JobCancelledError
 from aiosgd.runtime.config import JobConfig
 
 if TYPE_CHECKING:
-    from aiosgd.runtime.config import Address
+    from aiosgd.bench.rows import Report
+    from aiosgd.bench.wire import Target
+    from aiosgd.runtime.config import Address, Cluster
     from aiosgd.runtime.harvest import Outcome
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="aiosgd",
@@ -275,21 +288,30 @@ def submit(
 
 
 def _run_to_end(work: Callable[[Any], Any], as_json: bool, title: str) -> None:
+    outcome = _shown(work, title)
+    if as_json:
+        print(json.dumps(outcome.summary.to_dict()))
+    else:
+        _print_outcome(outcome)
+
+
+def _shown(
+    work: Callable[[Any], Coroutine[Any, Any, T]],
+    title: str,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> T:
+    """Run what takes a while, with a display of how far it is; Ctrl-C cancels it."""
     from aiosgd.display import Display
 
     with Display(title) as display:
-        runner = asyncio.Runner()
+        runner = asyncio.Runner(loop_factory=loop_factory)
         try:
-            outcome = runner.run(_interruptible(work(display)))
+            return runner.run(_interruptible(work(display)))
         except KeyboardInterrupt:  # the second one, while the first was cancelling the job
             display.__exit__()
             _leave_now("aiosgd: interrupted; nodes may still be stopping", 130)
         finally:
             runner.close()
-    if as_json:
-        print(json.dumps(outcome.summary.to_dict()))
-    else:
-        _print_outcome(outcome)
 
 
 def _leave_now(text: str, code: int) -> NoReturn:
@@ -300,8 +322,8 @@ def _leave_now(text: str, code: int) -> NoReturn:
     os._exit(code)
 
 
-async def _interruptible(work: Coroutine[Any, Any, Outcome]) -> Outcome:
-    """Run a job; SIGINT (by the Runner) and SIGTERM cancel it."""
+async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine; SIGINT (by the Runner) and SIGTERM cancel it."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -337,6 +359,18 @@ def node(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Run codecs that submitters send as source.")
     ] = False,
+    secret_file: Annotated[
+        Path | None,
+        typer.Option(help="File of the secret that nodes and submitters share; see `new secret`."),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="This node's certificate (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="Who issues the certificates of all others (PEM).")
+    ] = None,
+    no_unix: Annotated[
+        bool, typer.Option("--no-unix", help="Use TCP within this machine, too.")
+    ] = False,
     insecure: Annotated[
         bool,
         typer.Option("--insecure", help="Listen beyond this machine, to anyone who can connect."),
@@ -346,14 +380,18 @@ def node(
     """Run a node until it is interrupted."""
     from aiosgd.runtime.node import Node
     from aiosgd.runtime.part import Settings
+    from aiosgd.runtime.security import SecurityFiles
 
-    _check_listen(host, port, insecure)
+    security = SecurityFiles(secret_file, tls_cert, tls_key, tls_ca).load()
+    _check_listen(host, port, safe=bool(security), insecure=insecure, allow_code=allow_code)
     settings = Settings(
         host=host,
         port=port,
         run_dir=_writable(run_dir or _default_run_dir(port)),
         data_dir=data_dir or _default_data_dir(),
         allow_code=allow_code,
+        security=security,
+        unix=not no_unix,
     )
 
     def started(address: Address) -> None:
@@ -382,20 +420,32 @@ def node(
         runner.run(serve())
 
 
-def _check_listen(host: str, port: int, insecure: bool) -> None:
-    import ipaddress
-
+def _check_listen(host: str, port: int, *, safe: bool, insecure: bool, allow_code: bool) -> None:
+    """Refuse to let strangers run jobs here; `safe` is whether links are authenticated."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port is {port}; a port is 0..65535")
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not (local or insecure):
+    if safe or _is_loopback(host):
+        return
+    if allow_code:
         raise ConfigError(
-            f"--host {host} would let anyone who reaches this machine run jobs on it, for links "
-            "are not authenticated yet; add --insecure if the network is trusted"
+            f"--allow-code with --host {host} would let anyone who reaches this machine run any "
+            "code on it; add --secret-file, or --tls-cert, --tls-key and --tls-ca"
         )
+    if not insecure:
+        raise ConfigError(
+            f"--host {host} would let anyone who reaches this machine run jobs on it; add "
+            "--secret-file (`aiosgd new secret FILE` writes one), or --tls-cert, --tls-key and "
+            "--tls-ca, or add --insecure if the network is trusted"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _writable(folder: Path) -> Path:
@@ -442,6 +492,22 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
+new = typer.Typer(help="Write something new: a secret.", pretty_exceptions_enable=False)
+app.add_typer(new, name="new")
+
+
+@new.command("secret")
+@_reported
+def new_secret(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")],
+) -> None:
+    """Write a file with a random secret, for the nodes and submitters of a cluster to share."""
+    from aiosgd.runtime.security import write_secret
+
+    write_secret(file)
+    print(f"{file}: a new secret; give a copy (mode 0600) to each node and submitter")
+
+
 @app.command()
 @_reported
 def plugins(
@@ -466,6 +532,231 @@ def plugins(
             print(json.dumps(rows, indent=2) if as_json else catalogue.table(rows))
         case _:
             raise ConfigError(f"plugins takes one kind, not {' '.join(words or [])!r}")
+
+
+# Benchmarks -----------------------------------------------------------------------------------
+
+bench = typer.Typer(
+    help="Measure how fast nodes exchange, on this machine or on a cluster.",
+    pretty_exceptions_enable=False,
+)
+app.add_typer(bench, name="bench")
+
+Bytes = Annotated[
+    str, typer.Option("--bytes", metavar="SIZES", help="Sizes of arrays: 1MB,10MB,100MB.")
+]
+Nodes = Annotated[
+    str | None,
+    typer.Option(metavar="COUNTS", help="Numbers of workers: 2,4. Default: those that there are."),
+]
+Rounds = Annotated[int, typer.Option(help="Rounds; the medians of them are reported.")]
+ClusterFile = Annotated[
+    Path | None,
+    typer.Option(help="Measure these nodes: cluster.toml. Default: new ones on this machine."),
+]
+BenchJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Over = Annotated[
+    Literal["tcp", "unix"], typer.Option(help="What links go over; unix: on one machine only.")
+]
+
+
+@bench.command("wire")
+@_reported
+def bench_wire(
+    sizes: Bytes = "1MB,10MB,100MB",
+    rounds: Rounds = 5,
+    transport: Over = "tcp",
+    cluster: ClusterFile = None,
+    as_json: BenchJson = False,
+) -> None:
+    """Arrays one way and an answer, beside a bare socket.
+
+    Seconds from handing an array to a link to the node's answer that it has it. The raw socket
+    blocks, carries the same bytes between the same processes into one reused buffer, and gets
+    1 byte back; both are measured in turn, round by round.
+    """
+    from aiosgd.bench import rows, wire
+    from aiosgd.runtime.probe import MAX_BYTES
+
+    counts = rows.read_sizes(sizes, MAX_BYTES)
+    _measure_links(
+        lambda targets, note: wire.wire(targets, counts, rounds, transport, note),
+        rounds,
+        cluster,
+        as_json,
+    )
+
+
+@bench.command("messages")
+@_reported
+def bench_messages(
+    sizes: Bytes = "1KB",
+    rounds: Rounds = 5,
+    transport: Over = "tcp",
+    cluster: ClusterFile = None,
+    as_json: BenchJson = False,
+) -> None:
+    """Small messages, in a row and there and back.
+
+    In a row: seconds per message, from the first that is sent to the answer that the last has come.
+    The raw socket sends a 16-byte header and the array in one call per message.
+    """
+    from aiosgd.bench import rows, wire
+
+    counts = rows.read_sizes(sizes, wire.SMALL)
+    _measure_links(
+        lambda targets, note: wire.messages(targets, counts, rounds, transport, note),
+        rounds,
+        cluster,
+        as_json,
+    )
+
+
+def _measure_links(
+    work: Callable[[list[Target], Callable[[str], None]], Coroutine[Any, Any, Report]],
+    rounds: int,
+    cluster: Path | None,
+    as_json: bool,
+) -> None:
+    from aiosgd.bench.rows import check_rounds
+    from aiosgd.bench.wire import local_node, targets_of
+    from aiosgd.runtime.config import load_cluster
+
+    check_rounds(rounds)
+    targets = None if cluster is None else targets_of(load_cluster(cluster))
+
+    async def measure(display: Any) -> Report:
+        if targets is not None:
+            return await work(targets, display.note)
+        async with local_node(display.printed) as target:
+            return await work([target], display.note)
+
+    _report(_shown(measure, "starting", _loop_factory()), as_json)
+
+
+@bench.command("allreduce")
+@_reported
+def bench_allreduce(
+    nodes: Nodes = None,
+    sizes: Bytes = "0.4MB,10MB,100MB",
+    rounds: Rounds = 5,
+    codec: Annotated[str, typer.Option(help="A codec without servers.")] = "allreduce",
+    cluster: ClusterFile = None,
+    as_json: BenchJson = False,
+) -> None:
+    """The mean over all workers, beside gloo.
+
+    Real jobs whose model computes nothing.
+    Seconds from a worker's handing over its block to its having the result (`wait_s`), of the
+    worker that waits the longest: the median over the steps of a job, and of the rounds. Where
+    torch is installed, gloo's all_reduce is measured beside it.
+    """
+    from aiosgd.bench import jobs, rows
+    from aiosgd.bench.peers import has_torch
+
+    counts = rows.read_sizes(sizes)
+    python = sys.executable if cluster is None and has_torch() else None
+    _measure_jobs(
+        lambda place, numbers, note: jobs.allreduce(
+            place, numbers, counts, rounds, note, codec=codec, python=python
+        ),
+        nodes,
+        rounds,
+        cluster,
+        as_json,
+    )
+
+
+@bench.command("server")
+@_reported
+def bench_server(
+    nodes: Nodes = None,
+    sizes: Bytes = "0.47MB,10MB,100MB",
+    rounds: Rounds = 5,
+    codec: Annotated[str, typer.Option(help="A codec with a server half.")] = "parameter_server",
+    cluster: ClusterFile = None,
+    as_json: BenchJson = False,
+) -> None:
+    """A parameter server's round.
+
+    Real jobs whose model computes nothing; seconds are those of `bench allreduce`.
+    One server: each worker sends it an update, and gets back what the updates of all have changed.
+    """
+    from aiosgd.bench import jobs, rows
+
+    counts = rows.read_sizes(sizes)
+    _measure_jobs(
+        lambda place, numbers, note: jobs.server(place, numbers, counts, rounds, note, codec=codec),
+        nodes,
+        rounds,
+        cluster,
+        as_json,
+        servers=1,
+    )
+
+
+@bench.command("step")
+@_reported
+def bench_step(
+    steps: Annotated[int, typer.Option(help="Steps of each job.")] = 2000,
+    rounds: Rounds = 5,
+    codec: Annotated[str, typer.Option(help="A codec without servers.")] = "plain",
+    cluster: ClusterFile = None,
+    as_json: BenchJson = False,
+) -> None:
+    """Training steps of a small MLP.
+
+    Two workers, beside the same with nothing exchanged: 784-128-128-10, batch 64 per worker, plain SGD, one BLAS thread per worker; steps are counted
+    without the evaluations between epochs.
+    """
+    from aiosgd.bench import jobs
+
+    if steps < 2:
+        raise ConfigError(f"--steps is {steps}; expected 2 or more")
+    _measure_jobs(
+        lambda place, _, note: jobs.step(place, [codec], steps, rounds, note),
+        str(jobs.STEP_WORKERS),
+        rounds,
+        cluster,
+        as_json,
+    )
+
+
+def _measure_jobs(
+    work: Callable[[Any, list[int], Callable[[str], None]], Coroutine[Any, Any, Report]],
+    nodes: str | None,
+    rounds: int,
+    cluster: Path | None,
+    as_json: bool,
+    servers: int = 0,
+) -> None:
+    from aiosgd.bench.jobs import check_cluster, default_counts, site
+    from aiosgd.bench.rows import check_rounds, read_counts
+    from aiosgd.runtime.config import load_cluster
+
+    check_rounds(rounds)
+    there: Cluster | None = None if cluster is None else load_cluster(cluster)
+    numbers = default_counts(there) if nodes is None else read_counts(nodes)
+    if there is not None:
+        check_cluster(there, max(numbers), servers)
+
+    async def measure(display: Any) -> Report:
+        async with site(max(numbers), servers, there, display.printed) as place:
+            return await work(place, numbers, display.note)
+
+    _report(_shown(measure, "starting"), as_json)
+
+
+def _report(report: Report, as_json: bool) -> None:
+    from aiosgd.bench.rows import machine
+    from aiosgd.display import bench_text
+
+    if as_json:
+        print(json.dumps(report.to_dict()))
+        for warning in report.warnings:
+            print(f"aiosgd: warning: {warning}", file=sys.stderr)
+    else:
+        print(bench_text(report, machine()))
 
 
 def main() -> None:

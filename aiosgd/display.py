@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,6 +15,7 @@ from rich.text import Text
 from aiosgd.runtime.job import ENDS, Phase, node_name
 
 if TYPE_CHECKING:
+    from aiosgd.bench.rows import Report
     from aiosgd.runtime.session import Evaluation, Progress
 
 # seconds between two plain lines
@@ -70,6 +72,13 @@ class Display:
     def __exit__(self, *_: object) -> None:
         if self._lively:
             self._live.stop()
+
+    def note(self, text: str) -> None:
+        """Show what goes on; plain lines come now and then."""
+        self._title = text
+        if not self._lively and self._clock() >= self._next_line:
+            self._next_line = self._clock() + LINE_INTERVAL
+            self._line(text)
 
     def entered(self, phase: Phase, job_id: str) -> None:
         """Show the phase."""
@@ -150,6 +159,80 @@ class Display:
             "samples/s": f"{progress.samples_per_s:,.0f}",
             "traffic/s": size(progress.bytes_per_s),
         }
+
+
+# Benchmarks -----------------------------------------------------------------------------------
+
+
+# what only some benchmarks have, and the heads of their columns
+LABELS = {"what": "", "node": "node", "codec": "codec", "overlap": "overlap"}
+FIGURES = {
+    "gb_per_s": "GB/s",
+    "messages_per_s": "messages/s",
+    "steps_per_s": "steps/s",
+    "cpu_s_per_gb": "CPU s/GB",
+    "peer_cpu_s_per_gb": "its CPU s/GB",
+}
+
+
+def bench_text(report: Report, machine: str) -> str:
+    """Return a benchmark as people read it: a table, and a line on where it comes from."""
+    rows = [row.to_dict() for row in report.rows]
+    labels, figures = (
+        {name: head for name, head in names.items() if any(name in row for row in rows)}
+        for names in (LABELS, FIGURES)
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    for head in labels.values():
+        table.add_column(head, no_wrap=True)
+    for head in ("size", "nodes", "median", "range", "beside it", "median", "ratio"):
+        left = head == "beside it"
+        table.add_column(head, justify="left" if left else "right", no_wrap=True)
+    for head in figures.values():
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        own = (_figure(row.get(name)) for name in labels)
+        table.add_row(*own, *_bench_cells(row), *(_figure(row.get(name)) for name in figures))
+    source = f"{report.work} on {machine}; medians of {report.rounds} rounds"
+    warnings = [f"warning: {warning}" for warning in report.warnings]
+    return "\n".join([*_lines(table), source, *warnings])
+
+
+def _lines(table: Table) -> list[str]:
+    """Return a table as wide as it wants to be."""
+    file = io.StringIO()
+    Console(file=file, width=500, highlight=False).print(table)
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def _bench_cells(row: Mapping[str, Any]) -> list[str]:
+    low, high = row["range"]
+    return [
+        size(row["bytes"]),
+        str(row["nodes"]),
+        duration(row["seconds"]),
+        f"{duration(low)} - {duration(high)}",
+        row["peer"] or "",
+        duration(row["peer_seconds"]) if row["peer"] else "",
+        f"{row['ratio']:.2f}" if row["peer"] else "",
+    ]
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+    return "" if value is None else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people read it: 1.23 ms."""
+    for unit, factor in (("us", 1e6), ("ms", 1e3)):
+        # 999.6 would be rounded to 1000
+        if seconds * factor < 999.5:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def size(count: float) -> str:

@@ -48,7 +48,7 @@ def cluster_toml(tmp_path):
 # Help -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", ["run", "submit", "node", "plugins"])
+@pytest.mark.parametrize("word", ["run", "submit", "node", "plugins", "new"])
 def test_help_has_a_line_for_every_command_and_a_page_of_it(aiosgd, word):
     code, out, err = aiosgd("--help")
     assert (code, err) == (0, "")
@@ -110,7 +110,7 @@ NODES = 'workers = ["127.0.0.1:1"]\n'
         (["node", "--port", "x"], "Invalid value for '--port'"),
         (["run", "--learning-rate=-1"], "--learning-rate is -1.0; expected more than 0"),
         (["run", "--codec", "plian"], "no codec is named 'plian' (did you mean 'plain'?"),
-        (["run", "--model", "transformer"], "no model is named 'transformer'; installed: mlp, "),
+        (["run", "--model", "transformer"], "no model is named 'transformer'; installed: blank, mlp, "),
         (["run", "--codec", "no.py:No"], "codec 'no.py:No': there is no file no.py"),
         (["run", "--set", "codec.trun=3"], "codec.trun: Plain has no such parameter"),
         (
@@ -140,6 +140,16 @@ NODES = 'workers = ["127.0.0.1:1"]\n'
         (["plugins", "codec", "plain"], "plugins takes one kind, not 'codec plain'"),
         (["node", "--port", "70000"], "--port is 70000; a port is 0..65535"),
         (["node", "--host", "0.0.0.0"], "add --insecure if the network is trusted"),
+        (["node", "--host", "0.0.0.0"], "add --secret-file (`aiosgd new secret FILE` writes one)"),
+        (
+            ["node", "--host", "0.0.0.0", "--insecure", "--allow-code"],
+            "--allow-code with --host 0.0.0.0 would let anyone who reaches this machine run any code",
+        ),
+        (["node", "--secret-file", "none"], "secret file none cannot be read: No such file"),
+        (["node", "--tls-cert", "c", "--tls-key", "k"], "not given: tls_ca"),
+        (["new"], "Missing command; see aiosgd new --help"),
+        (["new", "secret"], "Missing argument 'FILE'; see aiosgd new secret --help"),
+        (["new", "secret", "/proc/no"], "/proc/no cannot be written: No such file or directory"),
         (["node", "--host", "::"], "add --insecure if the network is trusted"),
         (["node", "--port", "0", "--run-dir", "/proc/no"], "--run-dir /proc/no cannot be made"),
     ],

@@ -13,8 +13,10 @@ PACKAGE = ROOT / "aiosgd"
 LAYERS = [
     "aiosgd aiosgd.errors",
     "aiosgd.plugins.registry aiosgd.codecs.base aiosgd.runtime.frame aiosgd.runtime.job",
-    "aiosgd.runtime.toml_source aiosgd.runtime.connection aiosgd.runtime.executor aiosgd.runtime.pool "
-    "aiosgd.runtime.security aiosgd.runtime.handshake",
+    (
+        "aiosgd.runtime.toml_source aiosgd.runtime.connection aiosgd.runtime.executor "
+        "aiosgd.runtime.pool aiosgd.runtime.security aiosgd.runtime.handshake"
+    ),
     "aiosgd.runtime.config aiosgd.codecs.* aiosgd.plugins.* aiosgd.legacy aiosgd.runtime.endpoint",
     "aiosgd.plugins.kinds aiosgd.runtime.results aiosgd.runtime.hello aiosgd.runtime.mesh",
     "aiosgd.runtime.workload aiosgd.runtime.actor aiosgd.runtime.probe aiosgd.catalogue",

@@ -247,6 +247,12 @@ class Context:
             return np.empty(size, np.float32)
         return self.memory(4 * size).view(np.float32)
 
+    @functools.cached_property
+    def is_exact(self) -> bool:
+        """Whether `compress` gives the very array that it got, as it does without a compressor."""
+        probe = np.ones(1, np.float32)
+        return self.compress(probe, None) is probe
+
     def compress(self, array: Array, stream: str | None = "") -> Any:
         """Turn an array into the payload of the job's compressor.
 
@@ -476,5 +482,8 @@ def mean(values: Mapping[int, Array], out: Array | None = None) -> Array:
     total: Array = np.add(first, others[0], out=out)  # saves a pass that a copy would take
     for other in others[1:]:
         total += other
-    total /= len(values)
+    if len(values) & (len(values) - 1):
+        total /= len(values)
+    else:  # a power of two: the same bits as a division, in half the time
+        total *= total.dtype.type(1 / len(values))
     return total

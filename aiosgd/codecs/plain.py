@@ -54,7 +54,8 @@ class Plain(Codec):
         blocks[block_id] = self.ctx.decompress(payload)
         if len(blocks) == self.ctx.block_count:
             operation = newest if self.ctx.exchange == "weights" else None
-            self.set_result(mean(self.incomplete.pop(step)), operation)
+            out = self.ctx.empty(blocks[block_id].size)
+            self.set_result(mean(self.incomplete.pop(step), out), operation)
 
 
 def newest(_old: Array, new: Array) -> Array:

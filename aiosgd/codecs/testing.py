@@ -77,8 +77,8 @@ class LocalCluster:
         exchange: what values and results are; the codec's own by default.
         params: the codec's parameters, as a job gives them.
         server_params: the server codec's, if it has its own; otherwise it gets the worker's.
-        initial: the initial weights; without them the first value says how long a result is.
-            Results of another shape are refused.
+        initial: the initial weights; without them the first value says how long a result is, and
+            `ctx.initial` is zeros from then on. Results of another shape are refused.
         seed: decides the order of everything, and seeds `ctx.rng`.
         fifo: whether each link keeps its order, as TCP does.
         compressor: makes each node's compressor from a random generator.
@@ -296,8 +296,10 @@ class LocalCluster:
             Block(block, ctx.step, frozen(vector(value)), 1, ctx.shapes)
             for block, value in sorted(values.items())
         )
-        if self._blocks[worker]:
-            self._size = self._size or self._blocks[worker][0].value.size
+        if self._blocks[worker] and not self._size:
+            self._size = self._blocks[worker][0].value.size
+            for codec in self.codecs.values():
+                codec.ctx.initial = frozen(np.zeros(self._size, np.float32))
 
     def _places(self, sender: int, to: int) -> list[int]:
         """Return the places in a link of those messages that may be the next."""

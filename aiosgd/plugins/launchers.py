@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import secrets
 import sys
 import tempfile
 from abc import ABC, abstractmethod
@@ -31,10 +32,11 @@ def ignore(node: str, text: str) -> None:
 
 @dataclass(frozen=True)
 class Launched:
-    """Nodes that run, as `host:port` each."""
+    """Nodes that run, as `host:port` each, and the file of the secret that they share."""
 
     workers: tuple[str, ...]
     servers: tuple[str, ...]
+    secret_file: Path | None = None
 
 
 class Launcher(ABC):
@@ -95,15 +97,17 @@ class Local(Launcher):
         names = [f"worker {i}" for i in range(workers)] + [
             f"server {-1 - i}" for i in range(servers)
         ]
-        with self._folder() as run_dir:
+        with self._folder() as run_dir, _new_secret() as secret_file:
             commands = [
-                _command(run_dir / name.replace(" -", " ").replace(" ", "-"), data_dir, allow_code)
+                _command(run_dir / _folder_name(name), data_dir, allow_code, secret_file)
                 for name in names
             ]
             async with _processes(commands) as processes:
                 addresses = await _addresses(processes)
                 async with _passed_on(dict(zip(names, processes, strict=True)), printed):
-                    yield Launched(tuple(addresses[:workers]), tuple(addresses[workers:]))
+                    yield Launched(
+                        tuple(addresses[:workers]), tuple(addresses[workers:]), secret_file
+                    )
 
     @contextlib.contextmanager
     def _folder(self) -> Iterator[Path]:
@@ -114,11 +118,28 @@ class Local(Launcher):
             yield Path(folder)
 
 
-def _command(run_dir: Path, data_dir: Path | None, allow_code: bool) -> list[str]:
+def _folder_name(node: str) -> str:
+    return node.replace(" -", " ").replace(" ", "-")
+
+
+@contextlib.contextmanager
+def _new_secret() -> Iterator[Path]:
+    """Give a file with a new secret, so that other users of the machine cannot take part."""
+    with tempfile.TemporaryDirectory(prefix="aiosgd-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "secret"
+        path.touch(0o600)
+        path.write_text(secrets.token_hex(32))
+        yield path
+
+
+def _command(
+    run_dir: Path, data_dir: Path | None, allow_code: bool, secret_file: Path
+) -> list[str]:
     command = [
         sys.executable,
         "-P",  # the current folder may hold files that are called like somebody's modules
         *("-m", "aiosgd", "node", "--port", "0", "--run-dir", str(run_dir)),
+        *("--secret-file", str(secret_file)),
         "--until-stdin-closes",  # so that no node outlives us, however we end
     ]
     command += ["--data-dir", str(data_dir)] if data_dir else []

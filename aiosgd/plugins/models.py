@@ -398,3 +398,43 @@ class Softmax(FeedForward):
             return 0.0
         matrix = self.views(weights)["weight0"].ravel()
         return self._l2 / 2 * float(np.dot(matrix, matrix))
+
+
+# No computation -------------------------------------------------------------------------------
+
+
+class Blank(Model):
+    """Any number of parameters and nothing to compute: for measuring everything else.
+
+    The loss is 0, whatever the weights; what stands in for the gradient is 1 everywhere.
+    """
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters of `Blank`.
+
+        Attributes:
+            parameters: how many there are, 4 bytes each.
+        """
+
+        parameters: int = 1_000_000
+
+        def __post_init__(self) -> None:
+            if self.parameters < 1:
+                raise ValueError(f"parameters is {self.parameters}; expected at least 1")
+
+    def __init__(self, params: Params, inputs: tuple[int, ...], classes: int) -> None:
+        self.shapes = {"blank": (params.parameters,)}
+
+    def initial(self, rng: np.random.Generator) -> Vector:
+        """Return zeros."""
+        return np.zeros(self.size, np.float32)
+
+    def gradients(self, weights: Vector, x: Vector, y: Labels, out: Vector) -> tuple[float, float]:
+        """Fill `out` with 1; return (0, 0)."""
+        out.fill(1)
+        return 0.0, 0.0
+
+    def evaluate(self, weights: Vector, x: Vector, y: Labels) -> tuple[float, float]:
+        """Return (0, 0)."""
+        return 0.0, 0.0

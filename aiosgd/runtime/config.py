@@ -2,7 +2,7 @@
 
 Every value that a user gives becomes a `Setting`: a path into `JobConfig`, the value, and the place
 where it was written, so that each message can say where to look. Types are read from the
-annotations of `JobConfig` and `Compute`, ranges from a table.
+annotations of `JobConfig` and its tables, ranges from a table.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from aiosgd.errors import ConfigError
 from aiosgd.plugins.registry import check_value
+from aiosgd.runtime.security import SecurityFiles
 from aiosgd.runtime.toml_source import TomlSource, unknown_key, written_key
 
 KINDS = (
@@ -59,6 +60,20 @@ class Compute:
 
     def __post_init__(self) -> None:
         _check_fields(self, ("compute",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire:
+    """How nodes talk to each other.
+
+    Attributes:
+        unix: whether links within one machine go over unix sockets, which are faster than TCP.
+    """
+
+    unix: bool = True
+
+    def __post_init__(self) -> None:
+        _check_fields(self, ("wire",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +127,7 @@ class JobConfig:
     assignment_params: dict[str, Any] = field(default_factory=dict)
     optimizer_params: dict[str, Any] = field(default_factory=dict)
     compute: Compute = field(default_factory=Compute)
+    wire: Wire = field(default_factory=Wire)
 
     def __post_init__(self) -> None:
         _check_fields(self, ())
@@ -232,6 +248,7 @@ class Cluster:
     servers: tuple[Address, ...] = ()
     job: tuple[Setting, ...] = ()
     path: Path | None = None
+    security: SecurityFiles = field(default_factory=SecurityFiles)
 
     def __str__(self) -> str:
         return str(self.path or "the cluster")
@@ -239,7 +256,6 @@ class Cluster:
 
 # cluster.toml ------------------------------------------------------------------------------
 
-_SECURITY = ("secret_file", "tls_cert", "tls_key", "tls_ca")
 _TABLES = ("workers", "servers", "security", "job")
 
 
@@ -248,17 +264,10 @@ def load_cluster(path: Path | str) -> Cluster:
 
     Raises:
         ConfigError: it is missing, unreadable or no TOML; has an unknown key, a wrong type, a bad
-            or repeated address or no worker; asks for security, which this version lacks. The
-            message names file, line and key.
+            or repeated address or no worker. The message names file, line and key.
     """
     source = TomlSource(Path(path))
     source.check_keys((), _TABLES)
-    source.check_keys(("security",), _SECURITY)
-    for key in source.table("security"):
-        raise ConfigError(
-            f"{source.place('security', key)} is not supported by this version of aiosgd: links "
-            "are neither authenticated nor encrypted; remove it, and use a network that you trust"
-        )
     nodes = _addresses(source, "workers") | _addresses(source, "servers")
     _check_distinct(nodes, source)
     workers = tuple(address for key, address in nodes.items() if key[0] == "workers")
@@ -266,7 +275,28 @@ def load_cluster(path: Path | str) -> Cluster:
     if not workers:
         raise ConfigError(f"{source.place('workers')} is empty; expected one host:port or more")
     job = tuple(_settings(source.table("job"), lambda path: source.place("job", *path)))
-    return Cluster(workers, servers, job, source.path)
+    return Cluster(workers, servers, job, source.path, _security(source))
+
+
+def _security(source: TomlSource) -> SecurityFiles:
+    """Return the files that [security] names; a relative path starts at the cluster file."""
+    names = [option.name for option in dataclasses.fields(SecurityFiles)]
+    source.check_keys(("security",), names)
+    paths = {}
+    for name, text in source.table("security").items():
+        place = source.place("security", name)
+        if not check_value(text, str, place).strip("\0"):
+            raise ConfigError(f"{place} is {text!r}; expected a file")
+        paths[name] = source.path.parent / Path(text).expanduser()
+    given, missing = (
+        [name for name in names if name.startswith("tls_") and (name in paths) is there]
+        for there in (True, False)
+    )
+    if given and missing:
+        raise ConfigError(
+            f"{source.place('security', given[0])} needs {' and '.join(missing)}, too"
+        )
+    return SecurityFiles(**paths)
 
 
 def _addresses(source: TomlSource, key: str) -> dict[tuple[str, int], Address]:
@@ -336,11 +366,15 @@ def from_dict(values: Mapping[str, Any], place: str = "job") -> JobConfig:
     return _build(_settings(table, lambda path: ".".join((place, *path))))
 
 
+_TABLE_TYPES: dict[str, type[Compute | Wire]] = {"compute": Compute, "wire": Wire}
+
+
 def _build(settings: Iterable[Setting]) -> JobConfig:
     values: dict[str, Any] = {}
     for setting in settings:
         _put(values, setting)
-    return JobConfig(**values | {"compute": Compute(**values.get("compute", {}))})
+    tables = {name: table(**values.get(name, {})) for name, table in _TABLE_TYPES.items()}
+    return JobConfig(**values | tables)
 
 
 def _put(values: dict[str, Any], setting: Setting) -> None:
@@ -402,7 +436,7 @@ def _settings(
         path = (*table, str(key))
         place = place_of(path)
         expected = _type_at(path, place)
-        value = dataclasses.asdict(given) if isinstance(given, Compute) else given
+        value = dataclasses.asdict(given) if isinstance(given, Compute | Wire) else given
         if isinstance(value, Mapping) and _is_table(expected):
             yield from _settings(value, place_of, path)
         elif value is not None:
@@ -437,7 +471,7 @@ def _set_table(name: str, place: str) -> str:
         return f"{name}_params"
     if name in _hints(JobConfig):
         return name
-    raise ConfigError(unknown_key(place, name, (*KINDS, "compute", "job")))
+    raise ConfigError(unknown_key(place, name, (*KINDS, *_TABLE_TYPES, "job")))
 
 
 def _toml_value(text: str, place: str) -> Any:
@@ -454,12 +488,12 @@ def _toml_value(text: str, place: str) -> Any:
     return text
 
 
-def _check_fields(instance: JobConfig | Compute, table: tuple[str, ...]) -> None:
+def _check_fields(instance: JobConfig | Compute | Wire, table: tuple[str, ...]) -> None:
     """Check every field of a new instance, and store the values in their plain form."""
     fields = {
         option.name: getattr(instance, option.name) for option in dataclasses.fields(instance)
     }
-    given = {name: value for name, value in fields.items() if not isinstance(value, Compute)}
+    given = {name: value for name, value in fields.items() if not isinstance(value, Compute | Wire)}
     values: dict[str, Any] = {}
     for setting in _settings(given, ".".join, table):
         _put(values, dataclasses.replace(setting, path=setting.path[len(table) :]))
@@ -484,7 +518,7 @@ def _type_at(path: tuple[str, ...], place: str) -> Any:
 
 
 def _is_table(expected: Any) -> bool:
-    return expected is Compute or typing.get_origin(expected) is dict
+    return expected in (Compute, Wire) or typing.get_origin(expected) is dict
 
 
 @functools.cache
@@ -497,7 +531,7 @@ def _checked(path: tuple[str, ...], value: Any, expected: Any, place: str) -> An
     plain = _plain(value, place)
     if expected is Any:
         return plain
-    if expected is Compute:
+    if expected in (Compute, Wire):
         raise ConfigError(f"{place} is {plain!r}; expected a table")
     checked = check_value(plain, expected, place)
     if isinstance(plain, float) and not math.isfinite(plain):

@@ -54,6 +54,7 @@ from aiosgd.runtime.job import (
     node_name,
 )
 from aiosgd.runtime.mesh import Mesh
+from aiosgd.runtime.security import OPEN, Security
 from aiosgd.runtime.session import Evaluation, Progress
 from aiosgd.runtime.workload import Workload
 
@@ -89,6 +90,7 @@ class Request:
         job: the checked configuration.
         workers, servers: the nodes to choose from; the job uses the first ones.
         data_dir: this machine's folder for data.
+        security: what the links to the nodes are protected with.
         connect_timeout: how long to try to reach a node, in seconds.
     """
 
@@ -96,6 +98,7 @@ class Request:
     workers: Sequence[Address]
     servers: Sequence[Address] = ()
     data_dir: Path
+    security: Security = OPEN
     connect_timeout: float = 5.0
 
 
@@ -316,7 +319,13 @@ class Coordinator:
         deadline, pause = self._now() + self.request.connect_timeout, 0.05
         while True:
             try:
-                link = await introduce(address, hello, self.request.connect_timeout)
+                link = await introduce(
+                    address,
+                    hello,
+                    self.request.connect_timeout,
+                    security=self.request.security,
+                    unix=self.request.job.wire.unix,
+                )
                 break
             except ClusterError as error:
                 if self._now() + pause > deadline or not _may_pass(error):

@@ -67,6 +67,7 @@ socket; larger ones are copied by the transport, and hold up heartbeats."""
 
 _ARRAY, _SCALAR, _TUPLE = 0x4E, 0x53, 0x54  # extension types: N, S, T
 _PADDING = bytes(ALIGNMENT)
+_ND_KEY = b"\xc4\x02nd"  # b"nd", which makes a map the form of a small array or scalar
 
 
 class Kind(IntEnum):
@@ -295,15 +296,18 @@ class _Encoder:
     def __init__(self) -> None:
         self._packers: list[msgpack.Packer] = []
         self._depth = 0
+        self._extensions = 0
         self._bodies: list[Buffer] = []
         self._end = 0
 
     def encode(self, content: Any) -> tuple[bytes, list[Buffer], int]:
         """Return metadata, the body's buffers and the body's size."""
+        self._extensions = 0
         metadata = self._pack(content)
         bodies, size = self._bodies, self._end
         self._bodies, self._end = [], 0
-        _check_own(metadata, size)
+        if size > MAX_BODY or not _is_surely_fine(metadata, self._extensions):
+            _check_own(metadata, size)
         return metadata, bodies, size
 
     def _pack(self, value: Any) -> bytes:
@@ -328,7 +332,7 @@ class _Encoder:
     def _tuple(self, value: tuple[Any, ...]) -> msgpack.ExtType:
         if self._depth > MAX_DEPTH:
             raise LocalProtocolError(f"content is nested more than {MAX_DEPTH} levels deep")
-        return msgpack.ExtType(_TUPLE, self._pack(list(value)))
+        return self._extension(_TUPLE, self._pack(list(value)))
 
     def _array(self, value: npt.NDArray[Any]) -> Any:
         dtype = _wire_dtype(value.dtype)
@@ -337,7 +341,11 @@ class _Encoder:
             return _inline(array)
         offset = self._append(array)
         descriptor = [_NAMES[dtype], list(array.shape), offset]
-        return msgpack.ExtType(_ARRAY, _pack_descriptor(descriptor))
+        return self._extension(_ARRAY, _pack_descriptor(descriptor))
+
+    def _extension(self, code: int, packed: bytes) -> msgpack.ExtType:
+        self._extensions += 1
+        return msgpack.ExtType(code, packed)
 
     def _append(self, array: npt.NDArray[Any]) -> int:
         """Put the array's bytes behind what the body has, and return their offset."""
@@ -397,6 +405,20 @@ def _plain(value: Any) -> Any:
     raise LocalProtocolError(
         f"a value of type {name} cannot be sent; expected None, bool, int, float, str, bytes, "
         "list, tuple, dict, a numpy array or scalar"
+    )
+
+
+def _is_surely_fine(metadata: bytes, extensions: int) -> bool:
+    """Whether every receiver takes it: a glance that spares most messages a full check.
+
+    Args:
+        extensions: how many of the extensions in it are ours.
+    """
+    return (
+        len(metadata) <= MAX_ITEMS  # and thus no container has more items
+        and _ND_KEY not in metadata
+        and len(metadata.translate(None, _NOT_EXTENDING)) == extensions
+        and not _needs_care(metadata)
     )
 
 
@@ -498,6 +520,7 @@ def allocate(size: int) -> Bytes:
 
 # Every byte that can open a container or extension; more of them than MAX_DEPTH ask for care.
 _OPENING = bytes((*range(0x80, 0xA0), 0xC7, 0xC8, 0xC9, *range(0xD4, 0xD9), *range(0xDC, 0xE0)))
+_NOT_EXTENDING = bytes(sorted(set(range(256)) - {0xC7, 0xC8, 0xC9, *range(0xD4, 0xD9)}))
 _NOT_OPENING = bytes(sorted(set(range(256)) - set(_OPENING)))
 _TIMESTAMPS = (b"\xd6\xff", b"\xd7\xff", b"\xc7\x0c\xff")
 

@@ -18,7 +18,15 @@ from typing import Any
 
 from aiosgd.errors import LocalProtocolError, PeerLostError, RemoteProtocolError
 from aiosgd.runtime.connection import Link
-from aiosgd.runtime.frame import Bytes, Encoded, Kind, allocate, encode
+from aiosgd.runtime.frame import (
+    DEFAULT_LIMITS,
+    Bytes,
+    Encoded,
+    Kind,
+    Limits,
+    allocate,
+    encode,
+)
 
 HEARTBEAT = 1.0
 """Seconds without anything to send after which a link sends a PING."""
@@ -26,8 +34,7 @@ DEAD_AFTER = 5.0
 """Seconds of silence after which a peer is lost: four missed heartbeats are no coincidence, and a
 network that heals within that time costs nothing."""
 CREDIT_DELAY = 0.05
-"""Seconds that a credit may wait for a message to travel with: far below any timeout, yet long
-enough to spare most frames of their own."""
+"""Seconds that a credit may wait for others to travel with: far below any timeout."""
 
 WINDOW_BYTES = 32 << 20
 """Bytes under way to a peer that it has not consumed: what 10 Gbit/s carry in 25 ms."""
@@ -138,8 +145,9 @@ class Mesh:
         deliver: called as (sender, content, size in bytes) for each message.
         lost: called once as (peer, reason) when a peer is gone, unless `close` was called.
         eager_credit: return credits at the end of the loop's turn (somebody waits for them);
-            otherwise they travel with the next message to that peer, or alone after 50 ms or 8 MiB.
+            otherwise after 50 ms or 8 MiB, which spares most frames of their own.
         memory: where links take the memory of large messages from.
+        limits: the largest message of this job, either way.
 
     Attributes:
         bytes_sent, bytes_received: totals of MESSAGE frames on the wire, headers included.
@@ -153,6 +161,7 @@ class Mesh:
         lost: Callable[[int, Exception], None],
         eager_credit: bool,
         memory: Callable[[int], Bytes] = allocate,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.node = node
         self.bytes_sent = self.bytes_received = 0
@@ -161,6 +170,7 @@ class Mesh:
         self._lost = lost
         self._eager_credit = eager_credit
         self._memory = memory
+        self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._peers: dict[int, _Peer] = {}
         self._gone: set[int] = set()
@@ -192,6 +202,7 @@ class Mesh:
         self._peers[peer] = _Peer(link)
         link.last_heard = self._loop.time()  # heartbeats are owed from now on
         link.memory = self._memory
+        link.limits = self._limits
         link.on_closed = functools.partial(self._link_closed, peer)
         link.on_frame = functools.partial(self._receive, peer)
 
@@ -212,6 +223,11 @@ class Mesh:
         for node in to:
             self._check_target(node)
         frame = encode(content, number=channel)
+        if frame.header.body_size > self._limits.max_body:
+            raise LocalProtocolError(
+                f"a message has {frame.header.body_size} bytes of arrays; in this job at most "
+                f"{self._limits.max_body}: send it in parts"
+            )
         size = sum(self._send_frame(node, frame) for node in to)
         self.bytes_sent += size
         return size
@@ -230,7 +246,6 @@ class Mesh:
             self._loop.call_soon(self._deliver_here, frame.received(), frame.size)
             return 0
         peer = self._peers[node]
-        peer.return_credit()
         peer.send(frame)
         return frame.size
 

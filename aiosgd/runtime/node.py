@@ -7,11 +7,13 @@ when). The nodes of a job talk to each other over links of their own, the mesh o
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,22 +21,30 @@ from aiosgd.errors import AiosgdError, ClusterError, ConfigError, RemoteProtocol
 from aiosgd.plugins.registry import describe, error_text
 from aiosgd.runtime.config import Address
 from aiosgd.runtime.connection import Link
-from aiosgd.runtime.endpoint import listen
+from aiosgd.runtime.endpoint import Listening, TlsLink, UnixLink, listen, listen_tls, listen_unix
 from aiosgd.runtime.frame import Kind
-from aiosgd.runtime.hello import STRANGER, accept, read_hello, refuse
+from aiosgd.runtime.handshake import Answerer
+from aiosgd.runtime.hello import STRANGER, accept, greet, receive, refuse
 from aiosgd.runtime.job import SUBMITTER, Member, Order, Report, node_name
 from aiosgd.runtime.mesh import Mesh
 from aiosgd.runtime.part import Part, Settings, check_request, first_error, store_file
+from aiosgd.runtime.probe import ROLE as PROBE
+from aiosgd.runtime.probe import Probes
 from aiosgd.runtime.results import is_job_id
 from aiosgd.runtime.session import Evaluation, Progress
 
-# a link that has not said who it is after this long is closed
+# a link that has not said and proved who it is after this long is closed
 HELLO_TIMEOUT = 5.0
 # links that have not said who they are yet
 PENDING_LIMIT = 64
 
+# the first byte of a TLS handshake (RFC 8446, section 5.1)
+TLS_RECORD = 0x16
+
 # characters of a reason that are sent
 REASON_LIMIT = 2000
+
+AnyLink = TypeVar("AnyLink", bound=Link)
 
 logger = logging.getLogger("aiosgd.node")
 
@@ -48,7 +58,9 @@ class Node:
         self.part: Part | None = None
         self._tasks = asyncio.TaskGroup()
         self._controls: set[Control] = set()
+        self._probes = Probes(settings.host, lambda: self.member.job_id)
         self._pending: dict[Link, None] = {}  # in the order of their arrival
+        self._unix = ""  # the name of the unix socket, which callers on this machine are told
 
     async def serve(self, started: Callable[[Address], None]) -> None:
         """Listen until cancelled.
@@ -59,23 +71,43 @@ class Node:
         Raises:
             ConfigError: the address cannot be listened on.
         """
-        try:
-            server = await listen(self.settings.host, self.settings.port, self._accept)
-        except ClusterError as error:
-            raise ConfigError(str(error)) from error
-        port = server.sockets[0].getsockname()[1]
+        servers = await self._listen()
+        port = servers[-1].sockets[0].getsockname()[1]
         try:
             async with self._tasks:
                 started(Address(self.settings.host, port))
                 try:
                     await asyncio.Event().wait()
                 finally:
-                    server.close()
+                    for server in servers:
+                        server.close()
                     self._close_links("the node was stopped")
                     await asyncio.sleep(0)  # the links write in the next turn of the loop
         finally:
             if self.part is not None:
                 await self.part.leave("the node was stopped")
+
+    async def _listen(self) -> list[Listening]:
+        """Listen on a unix socket for this machine, and then for whoever reaches the address."""
+        servers: list[Listening] = []
+        if self.settings.unix and self.settings.security.tls is None:
+            with contextlib.suppress(OSError):  # a system without: links go over TCP
+                make = functools.partial(self._accept, UnixLink)
+                unix_server, self._unix = await listen_unix(make)
+                servers.append(unix_server)
+        try:
+            return [*servers, await self._listen_at_address()]
+        except ClusterError as error:
+            for server in servers:
+                server.close()
+            raise ConfigError(str(error)) from error
+
+    async def _listen_at_address(self) -> Listening:
+        host, port, tls = self.settings.host, self.settings.port, self.settings.security.tls
+        if tls is None:
+            return await listen(host, port, functools.partial(self._accept, Link))
+        make = functools.partial(self._accept, TlsLink)
+        return await listen_tls(host, port, make, tls.server, self.spawn)
 
     def _close_links(self, reason: str) -> None:
         """Tell the submitter why, and take no more orders."""
@@ -84,6 +116,7 @@ class Node:
         for control in self._controls:
             control.fail(reason)
             control.mesh.close()
+        self._probes.close()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a coroutine as a child of the node; whatever it raises, the node lives on."""
@@ -108,13 +141,16 @@ class Node:
 
     # links that come in
 
-    def _accept(self) -> Link:
-        loop, link = asyncio.get_running_loop(), Link(self._hello, self._unknown_closed, STRANGER)
+    def _accept(self, kind: type[AnyLink]) -> AnyLink:
+        loop, unix = asyncio.get_running_loop(), self._unix if kind is Link else ""
+        hello = functools.partial(self._hello, greet(self.settings.security, unix))
+        link = kind(hello, self._unknown_closed, STRANGER)
         if len(self._pending) >= PENDING_LIMIT:
             # later in this turn: links that came in one burst with this one are not set up yet
             loop.call_soon(self._expire, next(iter(self._pending)), "too many links wait")
         self._pending[link] = None
-        loop.call_later(HELLO_TIMEOUT, self._expire, link, f"no HELLO within {HELLO_TIMEOUT:g} s")
+        reason = f"it did not say who it is within {HELLO_TIMEOUT:g} s"
+        loop.call_later(HELLO_TIMEOUT, self._expire, link, reason)
         return link
 
     def _expire(self, link: Link, reason: str) -> None:
@@ -125,15 +161,27 @@ class Node:
     def _unknown_closed(self, link: Link, error: Exception | None) -> None:
         self._pending.pop(link, None)
         if error is not None:
-            logger.warning("closed a link that had not said who it is: %s", error)
+            hint = "; that is how TLS begins, which this node does not speak"
+            tls = f"starts with {TLS_RECORD:#04x}" in str(error)
+            logger.warning(
+                "closed a link that had not said who it is: %s%s", error, hint if tls else ""
+            )
 
-    def _hello(self, link: Link, kind: Kind, number: int, content: Any, size: int) -> None:
-        self._pending.pop(link, None)
+    def _hello(
+        self, answerer: Answerer, link: Link, kind: Kind, number: int, content: Any, size: int
+    ) -> None:
         try:
-            self._introduce(link, read_hello(kind, content))
+            hello = receive(link, answerer, kind, content)
+            if hello is not None:
+                self._introduce(link, hello)
+                self._pending.pop(link, None)
         except RemoteProtocolError as error:
-            logger.warning("refused a link: %s", error)
+            logger.warning("refused a link to %s: %s", link.address, error)
+            link.on_closed = self._refused_closed
             refuse(link, str(error))
+
+    def _refused_closed(self, link: Link, error: Exception | None) -> None:
+        self._pending.pop(link, None)  # only now: a flood of wrong HELLOs has no room either
 
     def _introduce(self, link: Link, hello: Mapping[str, Any]) -> None:
         if hello.get("role") == "submitter":
@@ -142,6 +190,10 @@ class Node:
             control = Control(self, link)
             self._controls.add(control)
             self.spawn(control.watch())
+        elif hello.get("role") == PROBE:
+            self._probes.check()
+            accept(link)
+            self._probes.add(link)
         elif self.part is not None and self.part.knows(hello):
             accept(link)
             self.part.join(hello["node"], link)

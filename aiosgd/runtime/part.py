@@ -27,26 +27,38 @@ from aiosgd.runtime import config, results, workload
 from aiosgd.runtime.config import Address, JobConfig
 from aiosgd.runtime.connection import Link
 from aiosgd.runtime.executor import Executor
+from aiosgd.runtime.frame import MAX_BODY, Limits
 from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import node_name
 from aiosgd.runtime.mesh import Mesh
+from aiosgd.runtime.pool import Pool
+from aiosgd.runtime.security import OPEN, Security
 from aiosgd.runtime.session import Evaluation, Place, Progress, Session
-from aiosgd.runtime.workload import file_codecs
+from aiosgd.runtime.workload import Workload, file_codecs, group_size
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+# bytes that a message may have however small the model is
+SMALL_MODEL = 64 << 20
 # how long a codec's hook may take to notice that it was cancelled
 LET_GO = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a node was started."""
+    """How a node was started.
+
+    Attributes:
+        security: what all its links are protected with.
+        unix: whether links within this machine may go over unix sockets.
+    """
 
     host: str = "127.0.0.1"
     port: int = 0
     run_dir: Path
     data_dir: Path
     allow_code: bool = False
+    security: Security = OPEN
+    unix: bool = True
 
 
 @dataclass
@@ -113,8 +125,14 @@ class Part:
         self._limit_blas()
         slow = self.job.compute.slow.get(str(self.node), 1.0)
         self._executor = Executor(self.job.compute.policy, slow, self._log.info)
+        memory = Pool().take
         self.mesh = Mesh(
-            self.node, self._deliver, self._lost, eager_credit=self.job.mode == "async"
+            self.node,
+            self._deliver,
+            self._lost,
+            eager_credit=self.job.mode == "async",
+            memory=memory,
+            limits=Limits(max_body=largest_message(load)),
         )
         place = Place(
             node=self.node,
@@ -124,6 +142,7 @@ class Part:
             executor=self._executor,
             report=self.tell,
             log=self._log.info,
+            memory=memory,
         )
         self.session = Session(place, load, np.array(self.request["initial"], np.float32))
         self._log.info("prepared as %s of job %s", node_name(self.node), self.job_id)
@@ -165,8 +184,28 @@ class Part:
         if session.late:
             self._log.warning("%d messages came too late for their step", session.late)
         self._log.info("finished: %d samples in %.3f s", session.samples, session.train_s)
+        self._log_links()
         await asyncio.to_thread(self._keep, session)
         return self.facts(weights=weights)
+
+    def _log_links(self) -> None:
+        """Write a line about each link to another node."""
+        assert self.mesh is not None
+        table = self.mesh.statistics()
+        for row in zip(*table.values(), strict=True):
+            link = dict(zip(table, row, strict=True))
+            self._log.info(
+                "link to %s over %s: sent %d messages, %d bytes; received %d, %d bytes; "
+                "longest queue %d bytes; round trip %.3f ms",
+                node_name(link["peer"]),
+                link["over"],
+                link["messages_sent"],
+                link["bytes_sent"],
+                link["messages_received"],
+                link["bytes_received"],
+                link["queue_peak"],
+                1e3 * link["round_trip_s"],
+            )
 
     def facts(self, *, weights: bool) -> dict[str, Any]:
         """Return what there is of the run on this node: its log at least.
@@ -251,6 +290,7 @@ class Part:
         """Take a link to another node of the job."""
         assert self.mesh is not None
         self.mesh.add(peer, link)
+        self._log.info("linked to %s over %s", node_name(peer), _road(link))
         self._count_links()
 
     def _count_links(self) -> None:
@@ -260,7 +300,13 @@ class Part:
     async def _dial(self, peer: int) -> None:
         hello = greeting(role="peer", job_id=self.job_id, node=self.node, token=self.token)
         try:
-            self.join(peer, await introduce(self.addresses[peer], hello))
+            link = await introduce(
+                self.addresses[peer],
+                hello,
+                security=self.settings.security,
+                unix=self.settings.unix and self.job.wire.unix,
+            )
+            self.join(peer, link)
         except ClusterError as error:
             raise ClusterError(f"link to {node_name(peer)}: {error}") from error
 
@@ -320,6 +366,12 @@ class Part:
         return b""
 
 
+def largest_message(load: Workload) -> int:
+    """Return the bytes that a message of a job may have: twice all blocks, so any sensible one."""
+    model = 4 * sum(group_size(group) for group in load.groups)
+    return min(MAX_BODY, max(SMALL_MODEL, 2 * (load.block_count + 1) * model))
+
+
 def first_error(error: BaseException) -> BaseException:
     """Return the first deliberate error of an exception group, else the first error."""
     if not isinstance(error, BaseExceptionGroup):
@@ -327,6 +379,11 @@ def first_error(error: BaseException) -> BaseException:
     leaves = [first_error(inner) for inner in error.exceptions]
     deliberate = [leaf for leaf in leaves if isinstance(leaf, AiosgdError)]
     return (deliberate or leaves)[0]
+
+
+def _road(link: Link) -> str:
+    """Return what a link goes over, as the log says it."""
+    return "a unix socket" if link.over == "unix" else f"{link.over.upper()} {link.address}"
 
 
 # What a node checks and keeps ----------------------------------------------------------------

@@ -142,6 +142,20 @@ def test_a_compressor_gets_array_and_stream():
     assert ctx.decompress(payload) == [4.0]
 
 
+def test_exact_is_what_sends_arrays_as_they_are():
+    class Compressor:
+        def __init__(self, scale):
+            self.scale = scale
+
+        def compress(self, array, stream):
+            assert stream is None
+            return array if self.scale is None else array * self.scale
+
+    assert context().is_exact
+    assert context(compressor=Compressor(None)).is_exact
+    assert not context(compressor=Compressor(1)).is_exact
+
+
 # results --------------------------------------------------------------------------------------
 
 

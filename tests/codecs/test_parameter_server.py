@@ -4,6 +4,7 @@ import pytest
 from aiosgd.codecs.parameter_server import ParameterServer
 from aiosgd.codecs.plain import Plain
 from aiosgd.codecs.testing import LocalCluster
+from aiosgd.errors import ConfigError
 
 INITIAL = np.linspace(-1, 1, 20, dtype=np.float32)
 
@@ -62,6 +63,95 @@ async def test_sync_updates_are_applied_as_plain_s_mean(seed):
         np.testing.assert_allclose(served[step][0], plain[step][0], atol=1e-6)
 
 
+@pytest.mark.parametrize("part", [4, 12, 76, 80, 1 << 20])
+@pytest.mark.parametrize("redundancy", [1, 2])
+@pytest.mark.parametrize("seed", range(5))
+async def test_sync_parts_change_no_bit_of_plain_s_mean(seed, redundancy, part):
+    facts = {"workers": 3, "redundancy": redundancy}
+    plain = await LocalCluster(Plain, **facts).run(updates, steps=4)
+    cluster = cluster_of(**facts, seed=seed, params={"part": part})
+    served = await cluster.run(updates, steps=4)
+    for ours, theirs in zip(served, plain, strict=True):
+        for worker in range(3):
+            assert ours[worker].tobytes() == theirs[worker].tobytes()
+    assert final_weights(served, 1).tobytes() == cluster.codecs[-1].weights().tobytes()
+
+
+async def test_sync_a_part_s_answer_leaves_before_the_other_parts_are_there():
+    cluster = cluster_of(2, params={"part": 24})  # 6, 6, 6 and 2 elements
+    cluster.begin({worker: updates(0, worker) for worker in (0, 1)})
+    for worker in (0, 1):
+        await cluster.deliver(None, worker)
+    assert [one.content["start"] for one in cluster.sent] == [0, 6, 12, 18] * 2
+    await cluster.deliver(0, -1)
+    await cluster.deliver(0, -1)
+    assert (-1, 0) not in cluster.pending
+    await cluster.deliver(1, -1)
+    answers = [one for one in cluster.sent if one.sender == -1]
+    assert [(one.to, one.content["start"]) for one in answers] == [(0, 0), (1, 0)]
+    assert list(cluster.codecs[-1].updates[6]) == [0]
+    await cluster.finish()
+    server, workers = cluster.codecs[-1], (cluster.codecs[0], cluster.codecs[1])
+    assert not any(server.updates.values())
+    assert not any(hasattr(worker, "result") for worker in workers)
+
+
+@pytest.mark.parametrize(("part", "parts"), [(4, 20), (7, 20), (24, 4), (76, 2), (80, 1), (84, 1)])
+async def test_sync_traffic_is_each_block_once_up_and_once_down_in_parts(part, parts):
+    cluster = cluster_of(3, params={"part": part})
+    await cluster.run(updates, steps=1)
+    for ends in [(0, -1), (1, -1), (-1, 1), (-1, 2)]:
+        sent = [one.content for one in cluster.sent if (one.sender, one.to) == ends]
+        assert len(sent) == parts
+        assert sum(one.get("update", one.get("difference")).size for one in sent) == 20
+
+
+@pytest.mark.parametrize(("mode", "compressor"), [("async", None), ("sync", Coarse)])
+async def test_async_and_compressed_updates_are_never_cut(mode, compressor):
+    facts = {"mode": mode, "compressor": compressor, "steps": 2, "params": {"part": 4}}
+    cluster = cluster_of(2, **facts)
+    await cluster.run(updates, steps=2)
+    assert {one.content["start"] for one in cluster.sent} == {0}
+    assert len([one for one in cluster.sent if one.to == -1]) == 4
+
+
+async def test_sync_without_loss_the_weights_are_their_own_mirror():
+    for facts, shared in (({}, True), ({"compressor": Coarse}, False), ({"mode": "async"}, False)):
+        server = cluster_of(2, **facts).codecs[-1]
+        assert {mirror is server.state for mirror in server.mirrors.values()} == {shared}
+
+
+async def test_all_memory_is_the_node_s():
+    taken = []
+
+    def memory(size):
+        taken.append(np.zeros(size, np.uint8))
+        return taken[-1]
+
+    cluster = cluster_of(2, params={"part": 24}, memory=memory)
+    results = await cluster.run(updates, steps=1)
+    for result in results[0].values():
+        assert sum(np.shares_memory(result, piece) for piece in taken) == 1
+    assert sorted(piece.size for piece in taken) == [8, 24, 24, 24, 80, 80]
+    taken.clear()
+    cluster = cluster_of(2, mode="async", steps=1, memory=memory)
+    await cluster.run(updates, steps=1)
+    assert {piece.size for piece in taken} == {80}
+    assert len(taken) == len([one for one in cluster.sent if one.sender == -1])
+
+
+async def test_a_vector_without_elements_is_served_too():
+    cluster = LocalCluster(ParameterServer, workers=2)
+    results = await cluster.step({0: [], 1: []})
+    assert [result.size for result in results.values()] == [0, 0]
+
+
+@pytest.mark.parametrize("part", [3, 0, -4])
+def test_a_part_has_an_element(part):
+    with pytest.raises(ConfigError, match=f"part is {part}; expected 4 bytes or more"):
+        cluster_of(2, params={"part": part})
+
+
 @pytest.mark.parametrize("compressor", [None, Coarse])
 @pytest.mark.parametrize("seed", range(5))
 async def test_sync_the_mirror_is_bit_for_bit_what_every_worker_holds(seed, compressor):
@@ -95,7 +185,7 @@ async def test_sync_the_first_copy_of_a_block_counts():
     for worker in (0, 1):
         await cluster.deliver(None, worker)
         await cluster.deliver(worker, -1)
-    assert cluster.codecs[-1].updates == {0: [1.0]}
+    assert cluster.codecs[-1].updates == {0: {0: [1.0]}}  # start -> block id -> update
 
 
 async def test_sync_an_update_is_one_message_up_and_the_difference_one_down():

@@ -124,6 +124,19 @@ async def test_async_every_worker_ends_with_the_newest_mean_of_weights(seed):
         assert {one.item() for one in taken} <= {1.0, 11.0, 21.0, 31.0, 41.0}
 
 
+async def test_the_mean_is_in_the_node_s_memory():
+    taken = []
+
+    def memory(size):
+        taken.append(np.zeros(size, np.uint8))
+        return taken[-1]
+
+    results = await LocalCluster(Plain, workers=2, memory=memory).run(values, steps=1)
+    assert [np.shares_memory(results[0][i], taken[j]) for i in (0, 1) for j in (0, 1)].count(
+        True
+    ) == 2
+
+
 async def test_values_are_not_held_longer_than_their_step():
     cluster = LocalCluster(Plain, workers=3)
     await cluster.run(values, steps=3)

@@ -722,6 +722,14 @@ def test_what_the_wire_does_not_take_is_refused(content):
         wire_copy(content)
 
 
+async def test_without_initial_weights_the_first_value_says_how_many_zeros_they_are():
+    cluster = LocalCluster(Plain, workers=2)
+    await cluster.step({0: [1.0, 2.0, 3.0], 1: [0.0, 0.0, 0.0]})
+    for codec in cluster.codecs.values():
+        assert codec.ctx.initial.tolist() == [0, 0, 0]
+        assert not codec.ctx.initial.flags.writeable
+
+
 async def test_every_order_of_four_events_is_reached():
     orders = set()
     for seed in range(300):

@@ -12,7 +12,8 @@ from aiosgd.plugins import launchers
 from aiosgd.plugins.kinds import LAUNCHERS
 from aiosgd.plugins.launchers import Local
 from aiosgd.runtime.config import Address
-from aiosgd.runtime.hello import greeting, introduce
+from aiosgd.runtime.hello import introduce
+from aiosgd.runtime.security import OPEN, Security, SecurityFiles
 
 pytestmark = pytest.mark.usefixtures("no_process_left")
 
@@ -37,8 +38,33 @@ async def test_as_many_nodes_as_asked_for_each_with_a_folder_of_its_own(local):
         addresses = {*nodes.workers, *nodes.servers}
         assert len(addresses) == 3
         for text in addresses:
-            link = await introduce(Address.parse(text, "node"), greeting(role="submitter"))
+            link = await introduce(
+                Address.parse(text, "node"), {"role": "submitter"}, security=secret_of(nodes)
+            )
             link.close()
+
+
+def secret_of(nodes):
+    return SecurityFiles(secret_file=nodes.secret_file).load()
+
+
+async def test_nodes_take_part_only_with_those_who_have_their_secret(local):
+    async with local.launch(1, 0) as nodes:
+        for security in (OPEN, Security(b"k" * 32)):
+            with pytest.raises(ClusterError, match="secret"):
+                await introduce(
+                    Address.parse(nodes.workers[0], "node"),
+                    {"role": "submitter"},
+                    security=security,
+                )
+        assert nodes.secret_file.stat().st_mode & 0o777 == 0o600
+        assert nodes.secret_file.parent.stat().st_mode & 0o777 == 0o700
+    assert not nodes.secret_file.parent.exists()
+
+
+def test_no_two_launches_have_the_same_secret():
+    with launchers._new_secret() as one, launchers._new_secret() as other:
+        assert one.read_text() != other.read_text()
 
 
 def test_the_default_launcher_is_registered():
@@ -50,21 +76,22 @@ async def test_nodes_end_with_the_context_even_on_an_error(local):
         async with local.launch(1, 0) as nodes:
             _ = 1 / 0
     with pytest.raises(ClusterError):
-        await introduce(Address.parse(nodes.workers[0], "node"), greeting())
+        await introduce(Address.parse(nodes.workers[0], "node"), {})
 
 
 async def test_without_a_run_dir_nothing_is_left(monkeypatch, tmp_path):
     monkeypatch.setattr(launchers.tempfile, "tempdir", str(tmp_path))
     async with Local(Local.Params()).launch(1, 0):
-        (folder,) = tmp_path.iterdir()
-        assert (folder / "worker-0").is_dir()
+        runs, secret = sorted(tmp_path.iterdir(), key=lambda folder: (folder / "secret").exists())
+        assert (runs / "worker-0").is_dir()
+        assert secret != runs
     assert not list(tmp_path.iterdir())
 
 
 async def test_only_nodes_that_shall_take_code_are_told_so():
-    run_dir = Path("x")
-    assert "--allow-code" in launchers._command(run_dir, None, True)
-    assert "--allow-code" not in launchers._command(run_dir, None, False)
+    path = Path("x")
+    assert "--allow-code" in launchers._command(path, None, True, path)
+    assert "--allow-code" not in launchers._command(path, None, False, path)
 
 
 async def test_a_file_in_the_current_folder_is_not_taken_for_a_module(local, monkeypatch, tmp_path):

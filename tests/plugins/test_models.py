@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from aiosgd.plugins import models
-from aiosgd.plugins.models import Mlp, Softmax
+from aiosgd.plugins.models import Blank, Mlp, Softmax
 from aiosgd.plugins.registry import make_params
 
 ACTIVATIONS = {
@@ -379,3 +379,25 @@ def test_gradient_descent_learns_what_no_linear_model_can(activation):
         model.gradients(weights, x, y, gradient)
         weights -= 2 * gradient
     assert model.evaluate(weights, x, y)[1] > 0.9
+
+
+# No computation
+
+
+def test_blank_has_as_many_parameters_as_asked_for():
+    model = Blank(make_params(Blank, {"parameters": 7}, "model"), (2, 3), 5)
+    assert (model.size, dict(model.shapes)) == (7, {"blank": (7,)})
+    assert not model.initial(np.random.default_rng(0)).any()
+
+
+def test_blank_computes_nothing_but_fills_the_gradient():
+    model, out = Blank(Blank.Params(7), (3,), 4), np.full(7, np.nan, np.float32)
+    x, y = batch(5)
+    weights = random_weights(model)
+    assert model.gradients(weights, x, y, out) == model.evaluate(weights, x, y) == (0.0, 0.0)
+    np.testing.assert_array_equal(out, np.ones(7, np.float32))
+
+
+def test_blank_without_parameters_is_refused():
+    with pytest.raises(ValueError, match="parameters is 0; expected at least 1"):
+        Blank.Params(0)

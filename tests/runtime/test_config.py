@@ -22,6 +22,7 @@ from aiosgd.runtime.config import (
     make_job,
     to_dict,
 )
+from aiosgd.runtime.security import SecurityFiles
 from aiosgd.runtime.toml_source import _Lines
 
 NODES = 'workers = ["a:1", "b:2", "c:3"]\nservers = ["s:1"]\n'
@@ -284,11 +285,53 @@ def test_bad_cluster_file_is_refused_with_its_line(cluster_file, text, message):
     assert refusal(load_cluster, cluster_file(text)).startswith(message)
 
 
-@pytest.mark.parametrize("key", ["secret_file", "tls_cert", "tls_key", "tls_ca"])
-def test_security_is_refused_plainly(cluster_file, key):
-    message = refusal(load_cluster, cluster_file(f"{NODES}[security]\n{key} = 'x'"))
-    assert message.startswith(f"cluster.toml:4: [security] {key} is not supported by this version")
-    assert "neither authenticated nor encrypted" in message
+def test_security_names_files_next_to_the_cluster_file(cluster_file, tmp_path):
+    path = cluster_file(
+        f"{NODES}[security]\nsecret_file = 'cluster.secret'\ntls_cert = '/etc/node.pem'\n"
+        "tls_key = 'keys/node.key'\ntls_ca = '~/ca.pem'"
+    )
+    assert load_cluster(path).security == SecurityFiles(
+        secret_file=path.parent / "cluster.secret",
+        tls_cert=Path("/etc/node.pem"),
+        tls_key=path.parent / "keys/node.key",
+        tls_ca=Path.home() / "ca.pem",
+    )
+    assert load_cluster(cluster_file(NODES)).security == SecurityFiles()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("secret_file = 3", "cluster.toml:4: [security] secret_file is 3; expected a string"),
+        ("secret_file = ''", "cluster.toml:4: [security] secret_file is ''; expected a file"),
+        (
+            "secret_file = 'x'\ntls_key = 'x'",
+            "cluster.toml:5: [security] tls_key needs tls_cert and tls_ca, too",
+        ),
+        (
+            "tls_ca = 'x'\ntls_cert = 'x'",
+            "cluster.toml:5: [security] tls_cert needs tls_key, too",
+        ),
+    ],
+)
+def test_wrong_security_is_refused_with_its_line(cluster_file, lines, message):
+    assert refusal(load_cluster, cluster_file(f"{NODES}[security]\n{lines}")) == message
+
+
+@pytest.mark.parametrize(
+    ("given", "unix"), [([], True), (["wire.unix=false"], False), (["wire.unix=true"], True)]
+)
+def test_links_go_over_unix_sockets_unless_they_shall_not(given, unix):
+    job = make_job({}, given)
+    assert job.wire.unix is unix
+    assert from_dict(to_dict(job)) == job
+    assert make_job({"wire": {"unix": unix}}) == job
+
+
+def test_the_wire_table_is_checked():
+    assert "--set wire.unix is 1; expected true or false" in refusal(make_job, {}, ["wire.unix=1"])
+    assert "did you mean 'unix'?" in refusal(make_job, {}, ["wire.unx=true"])
+    assert "did you mean 'wire'?" in refusal(make_job, {}, ["wir.unix=true"])
 
 
 def test_missing_cluster_file_and_folder_are_refused(tmp_path):

@@ -32,11 +32,12 @@ from aiosgd.runtime.coordinator import (
     run_job,
 )
 from aiosgd.runtime.endpoint import listen
-from aiosgd.runtime.frame import encode
-from aiosgd.runtime.hello import accept
+from aiosgd.runtime.frame import Kind, encode
+from aiosgd.runtime.hello import accept, greet, receive
 from aiosgd.runtime.job import Begin, Cancel, Phase, Report, Reported, Seat
 from aiosgd.runtime.mesh import Mesh
 from aiosgd.runtime.results import EVAL, TRAIN, Rows
+from aiosgd.runtime.security import OPEN
 
 FIVE = [Address("node", port) for port in range(1, 6)]
 
@@ -480,11 +481,11 @@ async def test_a_node_that_starts_a_moment_later_is_waited_for(tmp_path, running
     refused = asyncio.Event()
     introduce = coordinator.introduce
 
-    async def first_refused(address, *rest):
+    async def first_refused(address, *rest, **more):
         if not refused.is_set():
             refused.set()
             raise ClusterError("not yet") from ConnectionRefusedError()
-        return await introduce(address, *rest)
+        return await introduce(address, *rest, **more)
 
     monkeypatch.setattr(coordinator, "introduce", first_refused)
     async with running() as (_, address):
@@ -545,9 +546,12 @@ async def test_a_failed_job_leaves_logs_of_all_nodes(tmp_path, running):
 
 
 async def test_a_node_that_reports_nonsense_fails_the_job(tmp_path):
+    answerer = greet(OPEN)
+
     def answer(link, kind, number, content, size):
-        if kind.name == "HELLO":
-            accept(link)
+        if kind is Kind.HELLO:
+            if receive(link, answerer, kind, content):
+                accept(link)
         elif isinstance(content, dict):
             report = {"can_commit": "dance", "abort": "aborted"}[content["order"]]
             link.send(encode({"report": report, "job_id": content["job_id"]}))

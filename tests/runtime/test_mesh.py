@@ -8,9 +8,10 @@ import pytest
 
 from aiosgd.errors import LocalProtocolError, PeerLostError, RemoteProtocolError
 from aiosgd.runtime import mesh
-from aiosgd.runtime.frame import Encoded, Kind, encode
+from aiosgd.runtime.frame import Encoded, Kind, Limits, encode
 from aiosgd.runtime.mesh import Mesh
 from tests.runtime.links import (
+    end_and_socket,
     is_closed_with,
     joined,
     on_both_loops,
@@ -218,17 +219,16 @@ async def test_credits_of_one_turn_travel_together():
 
 
 @on_both_loops
-async def test_unhurried_credits_travel_in_front_of_the_next_message(monkeypatch):
+async def test_unhurried_credits_wait_for_others_but_not_beyond_8_mib(monkeypatch):
     monkeypatch.setattr(mesh, "CREDIT_DELAY", 3600)
-    node, peer = await node_and_end(eager=False)
-    peer.link.send(encode(1))
-    await node.messages.get()
-    node.mesh.consumed(1)
-    await turns(20)
-    assert peer.frames.empty()
-    node.mesh.send([1], "answer")
-    assert (await peer.frames.get())[:2] == (Kind.CREDIT, 1)
-    assert await peer.content() == "answer"
+    monkeypatch.setattr(mesh, "OWED_AT_MOST", 1000)
+    node, peer = await node_and_end(eager=False, consume=True)
+    size = encode(bytes(300)).size
+    for _ in range(1000 // size + 1):
+        assert peer.frames.empty()
+        peer.link.send(encode(bytes(300)))
+        await node.messages.get()
+    assert (await peer.frames.get())[:2] == (Kind.CREDIT, 1000 // size + 1)
     node.mesh.close()
     await peer.closed
 
@@ -448,6 +448,25 @@ async def test_the_table_of_links_counts_what_went_over_each():
     assert a.mesh.statistics() == {name: [] for name in mesh.STATISTICS}
 
 
+@on_both_loops
+async def test_a_message_beyond_the_jobs_limit_is_refused_at_both_ends():
+    a, b = Node(0), Node(1)
+    a.mesh, b.mesh = (
+        Mesh(i, node.deliver, node.lost, True, limits=Limits(max_body=limit))
+        for i, node, limit in ((0, a, 10_000), (1, b, 1_000))
+    )
+    x, y = await pair()
+    a.mesh.add(1, x.link)
+    b.mesh.add(0, y.link)
+    with pytest.raises(LocalProtocolError, match="10240 bytes of arrays; in this job at most"):
+        a.mesh.send([1], np.zeros(10_240, "u1"))
+    a.mesh.send([1], np.zeros(1_000, "u1"))
+    assert len((await b.messages.get())[1]) == 1_000
+    a.mesh.send([1], np.zeros(1_001, "u1"))
+    _, reason = await b.losses.get()
+    assert is_closed_with(reason, RemoteProtocolError, "1001 bytes; at most 1000")
+
+
 # What a receiver has no room for stays with the sender
 
 
@@ -488,6 +507,47 @@ async def test_a_receiver_that_consumes_keeps_the_sender_going():
     for i in range(40):
         a.mesh.send([1], [i, array])
     assert [(await b.messages.get())[1][0] for i in range(40)] == list(range(40))
+
+
+@on_both_loops
+async def test_a_peer_that_reads_nothing_holds_up_nobody_else():
+    node, good = await node_and_end()
+    stalled, theirs = await end_and_socket()
+    node.mesh.add(2, stalled.link)
+    large = np.zeros(mesh.WINDOW_BYTES // 2, "u1")
+    with theirs:
+        for i in range(9):
+            node.mesh.send([1, 2], [i, large])
+            assert (await good.content())[0] == i
+            good.link.send(encode(None, Kind.CREDIT, 1))
+        assert node.outstanding(2) == 9
+        assert stalled.link.queued < 1.1 * mesh.WINDOW_BYTES  # the other seven wait elsewhere
+        node.mesh._last_beat = 1000.0
+        node.link(1).last_heard = 1001.0
+        node.link(2).last_heard = 995.9
+        node.mesh.beat(1001.0)
+        assert (await node.losses.get())[0] == 2
+        assert list(node.mesh.peers) == [1]
+
+
+@on_both_loops
+async def test_a_node_serves_two_hundred_links():
+    hub = Node(0, consume=True)
+    others = [Node(i) for i in range(1, 201)]
+    for other in others:
+        a, b = await pair()
+        hub.mesh.add(other.mesh.node, a.link)
+        other.mesh.add(0, b.link)
+    array = np.arange(30_000, dtype="f4")
+    for other in others:
+        other.mesh.send([0], [other.mesh.node, array])
+    heard = [await hub.messages.get() for _ in others]
+    assert {sender for sender, *_ in heard} == set(range(1, 201))
+    assert all(content[0] == sender for sender, content, _ in heard)
+    hub.mesh.send(range(1, 201), array)
+    for other in others:
+        assert np.array_equal((await other.messages.get())[1], array)
+    assert hub.mesh.bytes_sent == 200 * encode(array).size
 
 
 @on_both_loops

@@ -3,20 +3,24 @@
 import asyncio
 import contextlib
 import hashlib
+import socket
 import threading
 
 import numpy as np
 import pytest
 import threadpoolctl
 
+from aiosgd import __version__
 from aiosgd.errors import ClusterError, ConfigError
 from aiosgd.runtime import config, node, workload
 from aiosgd.runtime.endpoint import listen
-from aiosgd.runtime.frame import Kind, encode
+from aiosgd.runtime.frame import WIRE_VERSION, Kind, encode
 from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import Seat
 from aiosgd.runtime.node import Node
 from aiosgd.runtime.part import Settings
+from aiosgd.runtime.security import OPEN, Security, load_tls
+from tests.runtime.certificates import Authority
 
 pytestmark = pytest.mark.both_loops
 
@@ -434,22 +438,105 @@ async def test_a_file_that_is_not_what_it_was_announced_as_is_refused(running, t
     assert not list((tmp_path / "node-0/data").rglob("0" * 64))
 
 
+FIRST = b"".join(encode(greeting(nonce=b"n" * 32), Kind.HELLO).buffers)
+
+
 # Links ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("hello", "reason"),
     [
-        (greeting(), "it is no node of this node's job"),
-        (greeting(role="peer", job_id=JOB, node=0, token="secret"), "no node of this node's job"),
-        ({**greeting(role="submitter"), "wire": 99}, "the caller speaks wire version 99"),
-        ({}, "wire version None"),
+        ({}, "it is no node of this node's job"),
+        (
+            {"role": "peer", "job_id": JOB, "node": 0, "token": "secret"},
+            "no node of this node's job",
+        ),
+        ({"role": "submitter", "wire": 99}, "the caller speaks wire version 99"),
     ],
 )
 async def test_a_caller_that_has_no_business_here_is_told_so(running, hello, reason):
-    async with running() as (_, address):
-        with pytest.raises(ClusterError, match=f"{address} refused the link: .*{reason}"):
+    async with running() as (own, address):
+        with pytest.raises(ClusterError, match=f"{address}: no link: .*{reason}"):
             await introduce(address, hello)
+        while own._pending:  # until the link is gone
+            await asyncio.sleep(0)
+
+
+async def test_a_caller_of_another_wire_version_hears_of_both(running, caplog):
+    words = f"wire version 99 (aiosgd 9.9), the node {WIRE_VERSION} (aiosgd {__version__})"
+    async with running() as (_, address):
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        hello = encode({"wire": 99, "version": "9.9", "nonce": bytes(32)}, Kind.HELLO)
+        writer.write(b"".join(hello.buffers))
+        assert f"the caller speaks {words}".encode() in await reader.read()
+        writer.close()
+    assert words in caplog.text
+
+
+async def test_submitters_and_peers_need_the_nodes_secret(running):
+    secret, other = Security(b"k" * 32), Security(b"K" * 32)
+    async with running(security=secret) as (own, address):
+        link = await introduce(address, {"role": "submitter"}, security=secret)
+        link.close()
+        for security, reason in ((OPEN, "the caller has none"), (other, "different secrets")):
+            with pytest.raises(ClusterError, match=reason):
+                await introduce(address, {"role": "submitter"}, security=security)
+        assert len(own._controls) <= 1
+
+
+@pytest.mark.parametrize(("wanted", "offered"), [(True, True), (True, False), (False, True)])
+async def test_a_submitter_on_the_nodes_machine_may_use_a_unix_socket(running, wanted, offered):
+    async with running(unix=offered) as (own, address):
+        link = await introduce(address, {"role": "submitter"}, unix=wanted)
+        (control,) = own._controls
+        assert link.over == control.link.over == ("unix" if wanted and offered else "tcp")
+        link.close()
+
+
+async def test_only_over_tcp_the_unix_socket_is_offered(running):
+    async with running() as (own, address):
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(FIRST)
+        assert own._unix.encode() in await reader.read(1000)
+        writer.close()
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(connection, b"\0" + own._unix.encode())
+            await loop.sock_sendall(connection, FIRST)
+            hello = await loop.sock_recv(connection, 1000)
+            assert b"nonce" in hello
+            assert own._unix.encode() not in hello
+
+
+async def test_a_system_without_unix_sockets_has_links_over_tcp(running, monkeypatch):
+    async def no(_):
+        raise OSError
+
+    monkeypatch.setattr(node, "listen_unix", no)
+    async with running() as (_, address):
+        link = await introduce(address, {"role": "submitter"}, unix=True)
+        assert link.over == "tcp"
+        link.close()
+
+
+async def test_with_tls_there_is_no_other_way_in(running, tmp_path):
+    tls = load_tls(**Authority(tmp_path).issue("node"))
+    async with running(security=Security(None, tls)) as (own, address):
+        link = await introduce(
+            address, {"role": "submitter"}, security=Security(None, tls), unix=True
+        )
+        assert link.over == "tls"
+        assert own._unix == ""
+        link.close()
+        with pytest.raises(ClusterError, match="the node speaks TLS only"):
+            await introduce(address, {"role": "submitter"})
+        while own._pending:
+            await asyncio.sleep(0)
+    async with running() as (_, address):
+        with pytest.raises(ClusterError, match=f"{address}: no TLS: "):
+            await introduce(address, {}, security=Security(None, tls))
 
 
 @pytest.mark.parametrize(
@@ -475,26 +562,74 @@ async def test_only_nodes_of_the_job_may_join_it_and_once(running, wrong):
         assert not own.part.mesh.peers
 
 
-async def test_a_caller_that_says_nothing_is_sent_away(running, monkeypatch):
+@pytest.mark.parametrize("words", [b"", FIRST[:20], FIRST])
+async def test_a_caller_that_does_not_go_on_is_sent_away(running, monkeypatch, caplog, words):
     monkeypatch.setattr(node, "HELLO_TIMEOUT", 0.01)
+    async with running() as (own, address):
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(words)
+        with contextlib.suppress(ConnectionError):
+            assert b"error" not in await reader.read()
+        writer.close()
+        assert not own._pending
+    assert "it did not say who it is within 0.01 s" in caplog.text
+
+
+async def test_a_refused_caller_that_stays_is_sent_away_without_another_word(
+    running, monkeypatch, caplog
+):
+    monkeypatch.setattr(node, "HELLO_TIMEOUT", 0.01)
+    async with running() as (own, address):
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(FIRST + FIRST)
+        assert b"no node of this node's job" in await reader.readuntil(b"job")
+        while own._pending:
+            await asyncio.sleep(0)
+        writer.close()
+    assert "did not say" not in caplog.text
+
+
+@pytest.mark.parametrize("words", [b"", b"\x16\x03\x01\x02\x00\x01"])
+async def test_a_caller_that_does_not_go_on_with_tls_is_sent_away(
+    running, monkeypatch, caplog, tmp_path, words
+):
+    monkeypatch.setattr(node, "HELLO_TIMEOUT", 0.05)
+    tls = load_tls(**Authority(tmp_path).issue("node"))
+    async with running(security=Security(None, tls)) as (own, address):
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(words)
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+        assert not own._pending
+    assert "it did not say who it is within 0.05 s" in caplog.text
+
+
+async def test_what_speaks_tls_to_a_plain_node_is_named_in_the_log(running, caplog):
     async with running() as (_, address):
         reader, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(b"\x16\x03\x01" + bytes(100))
         with contextlib.suppress(ConnectionError):
             assert await reader.read() == b""
         writer.close()
+    assert "that is how TLS begins, which this node does not speak" in caplog.text
 
 
-async def test_the_oldest_silent_callers_make_room_for_new_ones(running, monkeypatch):
+@pytest.mark.parametrize("words", [b"", FIRST, FIRST + FIRST])  # silent, slow, and refused
+async def test_the_oldest_callers_without_a_name_make_room_for_new_ones(
+    running, monkeypatch, words
+):
     monkeypatch.setattr(node, "PENDING_LIMIT", 3)
     async with running() as (own, address), contextlib.AsyncExitStack() as stack:
         readers = []
         for _ in range(8):
             reader, writer = await asyncio.open_connection(address.host, address.port)
             stack.callback(writer.close)
+            writer.write(words)
             readers.append(reader)
         for reader in readers[:5]:
             with contextlib.suppress(ConnectionError):
-                assert await reader.read() == b""
+                await reader.read()
         assert len(own._pending) == 3
         async with Submitter(address) as submitter:
             assert (await submitter.order("can_commit", **QUESTION))["report"] == "vote"
