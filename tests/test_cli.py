@@ -110,7 +110,10 @@ NODES = 'workers = ["127.0.0.1:1"]\n'
         (["node", "--port", "x"], "Invalid value for '--port'"),
         (["run", "--learning-rate=-1"], "--learning-rate is -1.0; expected more than 0"),
         (["run", "--codec", "plian"], "no codec is named 'plian' (did you mean 'plain'?"),
-        (["run", "--model", "transformer"], "no model is named 'transformer'; installed: blank, mlp, "),
+        (
+            ["run", "--model", "transformer"],
+            "no model is named 'transformer'; installed: blank, mlp, ",
+        ),
         (["run", "--codec", "no.py:No"], "codec 'no.py:No': there is no file no.py"),
         (["run", "--set", "codec.trun=3"], "codec.trun: Plain has no such parameter"),
         (

@@ -14,7 +14,7 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from aiosgd.errors import LocalProtocolError, PeerLostError, RemoteProtocolError
 from aiosgd.plugins.registry import describe
@@ -65,6 +65,12 @@ ClosedHandler: TypeAlias = "Callable[[Link, Exception | None], None]"
 # One link ------------------------------------------------------------------------------------
 
 
+class _Received(NamedTuple):
+    header: Header
+    metadata: Buffer
+    body: Bytes
+
+
 @dataclass(slots=True)
 class _Incoming:
     """A frame whose body is not all there yet.
@@ -109,24 +115,46 @@ class _Inbox:
         # most of what follows a chunk is another one: not to be staged, for that is a copy
         return self._staging[self._end : self._needed if self._open else None]
 
-    def received(self, count: int) -> Iterator[_Incoming]:
+    def received(self, count: int) -> Iterator[_Received]:
         """Yield the frames that `count` more bytes complete; metadata holds until the next one."""
         if self._current is None:
             self._end += count
         else:
             self._current.filled += count
-        while self._current is not None or self._next_staged():
+        while True:
+            if self._current is None:
+                while (whole := self._next_whole()) is not None:
+                    yield whole
+                if not self._next_staged():
+                    break
             current = self._current
             if current is None:
-                continue  # the header of a body in chunks
+                continue  # it was the header of a body in chunks
             if current.filled < current.until:
                 break
             self._current = None
             if current.filled == len(current.body):
                 if self._open and current.header.is_chunked:
                     del self._open[current.header.number]
-                yield current
+                yield _Received(current.header, current.metadata, current.body)
         self._move_to_front()
+
+    def _next_whole(self) -> _Received | None:
+        """Take the next frame if all of it is staged: the short way of small frames."""
+        start, available = self._start, self._end - self._start
+        if available < HEADER_SIZE:
+            return None
+        header = decode_header(self._staging, start, self.limits)
+        size = HEADER_SIZE + header.metadata_size + header.body_size
+        if available < size or header.kind is Kind.CHUNK:
+            return None
+        middle, self._start = start + HEADER_SIZE + header.metadata_size, start + size
+        if not header.body_size:
+            body = _NO_BODY
+        else:
+            body = self.memory(header.body_size)
+            body.data[:] = self._staging[middle : self._start]
+        return _Received(header, self._staging[start + HEADER_SIZE : middle], body)
 
     def _next_staged(self) -> bool:
         """Take what is staged of the next frame, if that is enough to go on."""
@@ -232,38 +260,48 @@ class _Outbox:
 
     def next_write(self) -> list[Buffer]:
         """Take what to write next: one large piece, or many small ones; empty if there is none."""
+        pieces: list[Buffer] = []
         if self._whole is not None:
-            return self._counted(self._take(self._whole))
-        pieces: list[Buffer] = [part for frame in self._urgent for part in frame.buffers]
-        self._urgent.clear()
-        size = sum(map(len, pieces))
-        while self._channels and size < GATHER and self._whole is None:
-            piece = self._turn()
-            size += sum(map(len, piece))
-            pieces += piece
-        return self._counted(pieces)
+            pieces += self._take(self._whole)
+            size = sum(map(len, pieces))
+        else:
+            size = self._take_urgent(pieces)
+            while self._channels and size < GATHER and self._whole is None:
+                size += self._turn(pieces)
+        self.size -= size
+        return pieces
 
-    def _turn(self) -> list[Buffer]:
-        """Take a piece of the first channel, and put that channel last."""
+    def _take_urgent(self, pieces: list[Buffer]) -> int:
+        """Add all urgent frames to `pieces`; return their bytes."""
+        frames, self._urgent = self._urgent, []
+        for frame in frames:
+            pieces += frame.buffers
+        return sum(frame.size for frame in frames)
+
+    def _turn(self, pieces: list[Buffer]) -> int:
+        """Add a piece of the first channel to `pieces`, and put that channel last."""
         channel = next(iter(self._channels))
         frames = self._channels.pop(channel)
-        outgoing = self._begun.pop(channel, None) or _Outgoing(frames.popleft())
-        piece = self._take(outgoing)
-        if outgoing.next is not None and self._whole is None:
-            self._begun[channel] = outgoing
+        outgoing = self._begun.pop(channel, None)
+        if outgoing is None and len(frames[0].buffers) == 1:  # the short way of small frames
+            frame = frames.popleft()
+            piece, size = frame.buffers, frame.size
+        else:
+            outgoing = outgoing or _Outgoing(frames.popleft())
+            piece = self._take(outgoing)
+            size = sum(map(len, piece))
+            if outgoing.next is not None and self._whole is None:
+                self._begun[channel] = outgoing
+        pieces += piece
         if frames or channel in self._begun:
             self._channels[channel] = frames
-        return piece
+        return size
 
     def _take(self, outgoing: _Outgoing) -> list[Buffer]:
         piece = outgoing.take()
         chunked = outgoing.frame.header.is_chunked
         self._whole = None if chunked or outgoing.next is None else outgoing
         return piece
-
-    def _counted(self, pieces: list[Buffer]) -> list[Buffer]:
-        self.size -= sum(map(len, pieces))
-        return pieces
 
 
 class Link(asyncio.BufferedProtocol):
@@ -455,12 +493,9 @@ class Link(asyncio.BufferedProtocol):
         except Exception as error:  # noqa: BLE001 - a handler's bug ends its link, nothing else
             self._handler_failed(error)
 
-    def _receive(self, frame: _Incoming) -> None:
-        header = frame.header
-        if header.kind is Kind.INBAND:
-            content = decode_inband(frame.body)
-        else:
-            content = decode(frame.metadata, frame.body)
+    def _receive(self, frame: _Received) -> None:
+        header, metadata, body = frame
+        content = decode_inband(body) if header.kind is Kind.INBAND else decode(metadata, body)
         size = header.size
         if header.kind in MESSAGES:
             self.bytes_received += size

@@ -57,10 +57,12 @@ MAX_EXTENT = 1 << 40
 """Bytes of an array whose empty dimensions count as 1: an empty array may not hide a huge one."""
 
 ALIGNMENT = 64
+ALIGNED_FROM = 4 << 10
+"""Smaller memory is aligned as numpy aligns it, to 16: finding a better place takes 1 µs."""
 INLINE_BELOW = 512
 """Below this many bytes, an own place in the body costs more than a copy."""
 JOIN_UP_TO = 16 << 10
-"""Up to this many bytes, one copied buffer is cheaper than several by reference."""
+"""Up to this many bytes of body, one copied buffer is cheaper than several by reference."""
 CHUNK = 1 << 20
 """Bytes of a body that travel in one go. Pieces of 256 KiB to 2 MiB all reach the speed of a bare
 socket; larger ones are copied by the transport, and hold up heartbeats."""
@@ -271,9 +273,11 @@ def _inband(value: Any) -> Any:
 def _frame(header: Header, metadata: bytes, bodies: Sequence[Buffer]) -> Encoded:
     kind, number, metadata_size, body_size = header
     head = HEADER.pack(MAGIC, kind, number, metadata_size, body_size) + metadata
-    size = header.size
     buffers: list[Buffer] = [head, *bodies]
-    return Encoded(header, [b"".join(buffers)] if size <= JOIN_UP_TO else buffers, size)
+    if body_size > JOIN_UP_TO:
+        return Encoded(header, buffers, header.size)
+    joined = b"".join(buffers)
+    return Encoded(header, [joined], len(joined))
 
 
 def _encode_content(content: Any) -> tuple[bytes, list[Buffer], int]:
@@ -352,11 +356,19 @@ class _Encoder:
         padding = -self._end % ALIGNMENT
         if padding:
             self._bodies.append(_PADDING[:padding])
-        if array.nbytes:  # reshape copies what is not contiguous, and only that
-            self._bodies.append(array.reshape(-1).view(np.uint8).data)
+        if array.nbytes:
+            self._bodies.append(_bytes_of(array))
         offset = self._end + padding
         self._end = offset + array.nbytes
         return offset
+
+
+def _bytes_of(array: npt.NDArray[Any]) -> memoryview:
+    """Return an array's bytes in C order; what is not contiguous is copied, and only that."""
+    try:
+        return array.data.cast("B")
+    except (ValueError, TypeError):  # not contiguous, or of a dtype that Python does not know
+        return array.reshape(-1).view(np.uint8).data
 
 
 # A list because pop and append are atomic: loops in several threads never share an encoder.
@@ -414,11 +426,12 @@ def _is_surely_fine(metadata: bytes, extensions: int) -> bool:
     Args:
         extensions: how many of the extensions in it are ours.
     """
+    opening = metadata.translate(None, _NOT_OPENING)
     return (
         len(metadata) <= MAX_ITEMS  # and thus no container has more items
+        and len(opening) <= MAX_DEPTH
+        and len(opening.translate(None, _NOT_EXTENDING)) == extensions
         and _ND_KEY not in metadata
-        and len(metadata.translate(None, _NOT_EXTENDING)) == extensions
-        and not _needs_care(metadata)
     )
 
 
@@ -512,7 +525,9 @@ def decode_inband(body: Bytes) -> Any:
 
 
 def allocate(size: int) -> Bytes:
-    """Return `size` uninitialised bytes whose address is a multiple of 64."""
+    """Return `size` uninitialised bytes; their address is a multiple of 64, from 4 KiB on."""
+    if size < ALIGNED_FROM:
+        return np.empty(size, np.uint8)
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.__array_interface__["data"][0] % ALIGNMENT
     return memory[start : start + size]
@@ -688,6 +703,8 @@ def _byte_count(dtype: np.dtype[Any], shape: Any) -> int:
     """Return the bytes of an array, after a check of its shape."""
     if type(shape) is not list or len(shape) > MAX_DIMENSIONS:
         raise RemoteProtocolError(f"shape is no list of at most {MAX_DIMENSIONS} dimensions")
+    if len(shape) == 1 and type(shape[0]) is int and 0 <= shape[0] <= MAX_BODY:
+        return dtype.itemsize * shape[0]  # as most are
     for dimension in shape:
         if type(dimension) is not int or dimension < 0:
             raise RemoteProtocolError(f"shape {shape} has the dimension {dimension!r}")
