@@ -14,8 +14,8 @@ import numpy as np
 
 from aiosgd.runtime.frame import Bytes, allocate
 
-SMALLEST = 64 << 10
-"""Below this, the allocator's own memory is warm."""
+SMALLEST = 512 << 10
+"""Below this, the memory of the allocator itself is warm, and costs less to get."""
 IDLE_AT_MOST = 1 << 30
 """Bytes that a pool keeps for later; what comes back beyond that is freed."""
 

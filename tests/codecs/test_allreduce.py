@@ -242,9 +242,9 @@ async def test_groups_have_about_root_n_workers_unless_told_otherwise(workers):
 
 
 def test_a_worker_that_contributes_nothing_joins_the_group_next_to_it():
-    owners = [(1, 2), (4, 5), (6, 7), (7, 0)]  # 0, 2, 3 and 5 are first owners of nothing
-    hierarchy = LocalCluster(Hierarchical, workers=8, owners=owners, params={"group_size": 2})
-    assert hierarchy.codecs[0].groups(0) == [[1, 4, 0, 2, 3, 5], [6, 7]]
+    owners = [(1, 2), (4, 5), (6, 7), (7, 0)]  # 0, 2, 3, 5 and 8 are first owners of nothing
+    hierarchy = LocalCluster(Hierarchical, workers=9, owners=owners, params={"group_size": 2})
+    assert hierarchy.codecs[0].groups(0) == [[1, 4, 0, 2, 3, 5], [6, 7, 8]]
     flat = LocalCluster(AllReduce, workers=4, owners=[(0, 1), (2, 3)])
     assert flat.codecs[0].groups(0) == [[0, 1], [2, 3]]
 
