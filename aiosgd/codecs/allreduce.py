@@ -130,8 +130,8 @@ class AllReduce(Codec):
                    n is no power of two, n - 2^k workers give their values to another each before,
                    S bytes, and get the mean back after: 2 hops more.
 
-    Two workers, and vectors of up to `Params.small` bytes, take doubling; between two it sends no
-    more than the ring. The sum of a part is formed in an order that the part's number decides,
+    Vectors of up to `Params.small` bytes take doubling. Between two workers both send the same; the
+    ring has one hop more, but each of the two adds only half of the vector. The sum of a part is formed in an order that the part's number decides,
     never the order of arrival, and one node's sum is copied to the others, or both partners of an
     exchange form the same: hence the same bits. A node holds the result and what is on its way.
 
@@ -273,7 +273,7 @@ class AllReduce(Codec):
     def among(self, leaders: Sequence[int], place: int, size: int) -> list[list[Stage]]:
         """Return what a leader does in the exchange among all of them, part by part."""
         count = len(leaders)
-        if count == 2 or (self.is_small(size) and count.bit_count() == 1):
+        if self.is_small(size) and count.bit_count() == 1:
             return [doubling(leaders, place)]
         return [ring(leaders, place, part) for part in range(count)]
 

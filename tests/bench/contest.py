@@ -141,7 +141,7 @@ def report(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> No
     more = dict.fromkeys(
         name for row in rows for name in row if name not in Case("").__dict__ and name not in KNOWN
     )
-    head = f"{'':38}{'who':22}{'median':>10}{'min':>10}{'max':>10}{'ratio':>7}"
+    head = f"{'':38}{'who':22}{'n':>5}{'median':>10}{'min':>10}{'max':>10}{'ratio':>7}"
     print(head + "".join(f"{name:>{len(name) + 2}}" for name in more))
     last = None
     for row in rows:
@@ -156,7 +156,9 @@ def _line(row: Mapping[str, Any], last: str | None) -> str:
     low, high = row["range"]
     times = "".join(f"{duration(value):>10}" for value in (row["seconds"], low, high))
     ratio = f"{row['ratio']:7.2f}" if row["ratio"] else f"{'':7}"
-    return f"{row['work'] if row['work'] != last else '':38}{row['who']:22}{times}{ratio}"
+    return (
+        f"{row['work'] if row['work'] != last else '':38}{row['who']:22}{row['n']:5}{times}{ratio}"
+    )
 
 
 def _cell(value: Any, width: int) -> str:

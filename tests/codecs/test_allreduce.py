@@ -174,7 +174,7 @@ def test_it_is_for_sync_mode_and_does_not_compress():
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
-@pytest.mark.parametrize("workers", [3, 4, 5, 9])
+@pytest.mark.parametrize("workers", [2, 3, 4, 5, 9])
 async def test_the_ring_sends_the_least_that_is_possible(workers, rounds):
     parts, size = workers * rounds, workers * rounds * PART // ITEM
     cluster = await run(AllReduce, workers, size, steps=2, params=RING)
@@ -184,10 +184,9 @@ async def test_the_ring_sends_the_least_that_is_possible(workers, rounds):
 
 
 @pytest.mark.parametrize("params", [RING, SMALL])
-async def test_two_workers_exchange_each_part_once_at_any_size(params):
-    cluster = await run(AllReduce, 2, 100, steps=2, params=params)
-    parts = math.ceil(100 * ITEM / params["part"])
-    assert traffic(cluster, 2) == {0: (parts, 100), 1: (parts, 100)}
+async def test_two_workers_send_the_vector_once_at_any_size(params):
+    cluster = await run(AllReduce, 2, 96, steps=2, params=params)
+    assert {size for _, size in traffic(cluster, 2).values()} == {96}
 
 
 @pytest.mark.parametrize(("workers", "rounds"), [(2, 1), (4, 2), (8, 3), (16, 4)])
@@ -323,7 +322,7 @@ async def test_a_block_leaves_without_a_copy():
     cluster = LocalCluster(AllReduce, workers=2, params=RING, initial=np.zeros(100))
     block = Block(0, 0, np.zeros(100, np.float32), 1)
     sends = await cluster.codecs[0].update(block)
-    assert len(sends) == 7
+    assert len(sends) == 4  # the other half of the parts begins at the other worker
     assert all(np.shares_memory(one.content["value"], block.value) for one in sends)
 
 

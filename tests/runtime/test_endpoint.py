@@ -292,7 +292,7 @@ async def test_a_link_that_is_aborted_before_anything_is_closed(tls):
 
 @on_both_loops
 async def test_a_link_whose_task_never_begins_leaves_no_connection(tls):
-    end, make = end_of(TlsLink)
+    _end, make = end_of(TlsLink)
 
     def spawn(work):
         work.close()
