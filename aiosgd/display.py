@@ -76,8 +76,7 @@ class Display:
     def note(self, text: str) -> None:
         """Show what goes on; plain lines come now and then."""
         self._title = text
-        if not self._lively and self._clock() >= self._next_line:
-            self._next_line = self._clock() + LINE_INTERVAL
+        if self._line_is_due():
             self._line(text)
 
     def entered(self, phase: Phase, job_id: str) -> None:
@@ -89,8 +88,7 @@ class Display:
     def progressed(self, progress: Progress) -> None:
         """Show a worker's progress."""
         self._progress[progress.node] = progress
-        if not self._lively and self._clock() >= self._next_line:
-            self._next_line = self._clock() + LINE_INTERVAL
+        if self._line_is_due():
             self._line(self._sentence(progress))
 
     def evaluated(self, evaluation: Evaluation) -> None:
@@ -100,6 +98,12 @@ class Display:
     def printed(self, node: str, text: str) -> None:
         """Show what a node on this machine printed."""
         self._line(f"{node}: {text}")
+
+    def _line_is_due(self) -> bool:
+        if self._lively or self._clock() < self._next_line:
+            return False
+        self._next_line = self._clock() + LINE_INTERVAL
+        return True
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

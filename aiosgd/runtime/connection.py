@@ -57,6 +57,7 @@ UNACKNOWLEDGED_AT_MOST = 10_000
 _NO_BODY = allocate(0)
 
 MESSAGES = (Kind.MESSAGE, Kind.INBAND)
+"""The kinds of frames that carry content for whoever handles them."""
 
 FrameHandler: TypeAlias = "Callable[[Link, Kind, int, Any, int], None]"
 ClosedHandler: TypeAlias = "Callable[[Link, Exception | None], None]"
@@ -81,7 +82,7 @@ class _Incoming:
     """
 
     header: Header
-    metadata: Buffer
+    metadata: bytes
     body: Bytes
     filled: int
     until: int
@@ -171,6 +172,7 @@ class _Inbox:
         return True
 
     def _begin(self, header: Header) -> None:
+        """Begin to receive a chunk, or a frame whose body is not all there yet."""
         start = self._start + HEADER_SIZE
         self._start = middle = start + header.metadata_size
         if header.kind is Kind.CHUNK:
@@ -178,15 +180,12 @@ class _Inbox:
             return
         if header.is_chunked:
             self._check_free(header.number)
-        body = self.memory(header.body_size) if header.body_size else _NO_BODY
-        incoming = _Incoming(header, self._staging[start:middle], body, 0, 0)
+        metadata = bytes(self._staging[start:middle])  # other bytes come to its place
+        incoming = _Incoming(header, metadata, self.memory(header.body_size), 0, 0)
         if header.is_chunked:
-            incoming.metadata = bytes(incoming.metadata)
             self._open[header.number] = incoming
-            return
-        self._fill(incoming, header.body_size)
-        if incoming.filled < incoming.until:
-            incoming.metadata = bytes(incoming.metadata)
+        else:
+            self._fill(incoming, header.body_size)
 
     def _continue(self, header: Header) -> None:
         """Begin to receive a chunk."""

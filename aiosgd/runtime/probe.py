@@ -40,7 +40,7 @@ import numpy.typing as npt
 from aiosgd import __version__
 from aiosgd.errors import ClusterError, LocalProtocolError, PeerLostError, RemoteProtocolError
 from aiosgd.runtime.config import Address
-from aiosgd.runtime.connection import UNIX_BUFFER, Link
+from aiosgd.runtime.connection import MESSAGES, UNIX_BUFFER, Link
 from aiosgd.runtime.frame import (
     Bytes,
     Encoded,
@@ -70,7 +70,6 @@ IDLE = 60.0
 TOKEN_SIZE = 16
 
 _LIMITS = Limits(max_body=MAX_BYTES + (1 << 16))
-_CARRIERS = (Kind.MESSAGE, Kind.INBAND)
 
 
 # The node's end -------------------------------------------------------------------------------
@@ -180,7 +179,7 @@ class Probe:
             self._link.abort(RemoteProtocolError(f"a probe link was silent for {quiet:.0f} s"))
 
     def _receive(self, link: Link, kind: Kind, number: int, content: Any, size: int) -> None:
-        if kind not in _CARRIERS:
+        if kind not in MESSAGES:
             self._control(kind, number)
         elif self._left:
             self._left -= 1
@@ -427,7 +426,7 @@ class Prober:
         await answer
 
     def _receive(self, link: Link, kind: Kind, number: int, content: Any, size: int) -> None:
-        if kind in _CARRIERS and self._waiting:
+        if kind in MESSAGES and self._waiting:
             answer = self._waiting.popleft()
             if not answer.done():
                 answer.set_result(content)
