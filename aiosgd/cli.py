@@ -380,6 +380,7 @@ def node(
     """Run a node until it is interrupted."""
     from aiosgd.runtime.node import Node
     from aiosgd.runtime.part import Settings
+    from aiosgd.runtime.pool import keep_heap_warm
     from aiosgd.runtime.security import SecurityFiles
 
     security = SecurityFiles(secret_file, tls_cert, tls_key, tls_ca).load()
@@ -416,6 +417,7 @@ def node(
             serving.result()
 
     _log_to_stderr(quiet=until_stdin_closes)
+    keep_heap_warm()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve())
 
@@ -621,8 +623,10 @@ def _measure_links(
     from aiosgd.bench.rows import check_rounds
     from aiosgd.bench.wire import local_node, targets_of
     from aiosgd.runtime.config import load_cluster
+    from aiosgd.runtime.pool import keep_heap_warm
 
     check_rounds(rounds)
+    keep_heap_warm()  # as a node does
     targets = None if cluster is None else targets_of(load_cluster(cluster))
 
     async def measure(display: Any) -> Report:

@@ -394,7 +394,7 @@ class Link(asyncio.BufferedProtocol):
     # Sending
 
     def send(self, frame: Encoded, urgent: bool = False) -> None:
-        """Queue a frame; all that are queued in one turn of the loop leave together.
+        """Queue a frame; small ones that are queued in one turn of the loop leave together.
 
         Its arrays may change only when the kernel has every byte of it, see `flushed`.
 
@@ -411,7 +411,7 @@ class Link(asyncio.BufferedProtocol):
             self.bytes_sent += frame.size
             self.messages_sent += 1
         self.queue_peak = max(self.queue_peak, self._outbox.size)
-        if urgent and not (self._paused or self._scheduled):
+        if (urgent or frame.size >= GATHER) and not (self._paused or self._scheduled):
             self._pump()  # now: the transport may be busy reading for the next 32 chunks
         else:
             self._schedule()
@@ -595,6 +595,7 @@ class Link(asyncio.BufferedProtocol):
                 waiter.set_exception(self._lost_error())
         self._flush_waiters.clear()
         self._outbox = _Outbox()
+        self._inbox = _Inbox(self.limits)  # what is half there keeps no memory
         self.on_closed(self, self._reason)
 
     def _lost_error(self) -> PeerLostError:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aiosgd.runtime.pool import keep_heap_warm
+
 HERE = Path(__file__).parent
 SIZES = (1_000_000, 10_000_000, 100_000_000)
 
@@ -176,9 +178,10 @@ def duration(seconds: float) -> str:
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
-    """Run a benchmark on the loop that nodes run on."""
+    """Run a benchmark on the loop that nodes run on, with the heap that they have."""
     import uvloop
 
+    keep_heap_warm()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             runner.run(main())

@@ -25,7 +25,7 @@ from aiosgd.runtime.actor import Actor
 from aiosgd.runtime.connection import Link
 from aiosgd.runtime.frame import encode
 from aiosgd.runtime.mesh import Mesh
-from aiosgd.runtime.pool import Pool
+from aiosgd.runtime.pool import Pool, keep_heap_warm
 
 
 class Rank:
@@ -149,4 +149,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_heap_warm()
     uvloop.run(main())

@@ -283,8 +283,9 @@ async def test_a_long_frame_leaves_in_chunks_and_lets_the_loop_breathe():
     frame = encode(data)
     link.send(frame)
     waiting = asyncio.ensure_future(link.flushed())
-    await turns(1)
     assert len(hungry.written) == connection.BURST
+    await turns(1)
+    assert len(hungry.written) == 2 * connection.BURST
     assert link.queued == frame.size - sum(map(len, hungry.written))
     await waiting
     assert max(map(len, hungry.written)) <= CHUNK + 100
@@ -676,6 +677,26 @@ async def test_a_refused_large_body_is_freed_with_the_link():
     assert is_closed_with(reason, RemoteProtocolError, "arrays end at 0")
     made.clear()
     end.link = None
+    assert [body() for body in bodies] == [None]
+
+
+@on_both_loops
+async def test_a_body_that_is_half_there_is_freed_when_the_link_breaks():
+    end, theirs = await end_and_socket()
+    bodies, began = [], asyncio.Event()
+
+    def memory(size):
+        body = allocate(size)
+        bodies.append(weakref.ref(body.base))
+        began.set()
+        return body
+
+    end.link.memory = memory
+    with theirs:
+        await asyncio.get_running_loop().sock_sendall(theirs, joined(encode(np.ones(1 << 17)))[:-1])
+        await began.wait()
+    await end.closed
+    assert end.link is not None
     assert [body() for body in bodies] == [None]
 
 

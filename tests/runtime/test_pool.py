@@ -1,5 +1,7 @@
 """Warm memory comes back by itself, exactly when nothing refers to it any more."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -100,3 +102,21 @@ def test_threads_never_get_the_same_memory():
     for thread in threads:
         thread.join()
     assert not clashes
+
+
+def test_a_process_keeps_what_it_frees_where_the_c_library_can_be_told():
+    script = """
+import resource, sys
+import numpy as np
+from aiosgd.runtime.pool import keep_heap_warm
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(100):
+        arrays = [np.ones(100_000, np.float32) for _ in range(3)]
+        del arrays
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+sys.exit(0 if not keep_heap_warm() else faults() and faults() > 100)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0
