@@ -18,7 +18,6 @@ from aiosgd.errors import RemoteProtocolError
 from aiosgd.plugins.kinds import TRACKERS
 from aiosgd.plugins.registry import check_value, error_text, make_dataclass, make_params
 from aiosgd.runtime import results
-from aiosgd.runtime.config import Address
 from aiosgd.runtime.job import node_name
 from aiosgd.runtime.results import EVAL, TRAIN, Rows, Summary
 from aiosgd.runtime.workload import Workload
@@ -74,11 +73,12 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """How a job ended: its state, the reason if there is one, and how long it took."""
+    """How a job ended: its state, the reason if there is one, how long it took, on what."""
 
     state: Literal["done", "failed", "cancelled"]
     error: str
     wall_s: float
+    simulated: dict[str, Any] | None = None
 
 
 class Harvest:
@@ -87,7 +87,7 @@ class Harvest:
     Args:
         folder: the run folder; it exists.
         load: the job's plugins.
-        nodes: node id -> address of all nodes.
+        nodes: node id -> address of all nodes, as users know it.
         log: the submitter's log.
 
     Attributes:
@@ -96,7 +96,7 @@ class Harvest:
     """
 
     def __init__(
-        self, folder: Path, load: Workload, nodes: Mapping[int, Address], log: logging.Logger
+        self, folder: Path, load: Workload, nodes: Mapping[int, object], log: logging.Logger
     ) -> None:
         self.collected: dict[int, Collected] = {}
         self.unwritten: list[str] = []
@@ -216,6 +216,7 @@ class Harvest:
                 }
                 for node, one in sorted(figures.items())
             },
+            simulated=end.simulated,
         )
 
 

@@ -262,6 +262,7 @@ class Summary:
         wall_s: from submission to the end.
         train_s: from the first step to the end of the last.
         per_node: node id -> its own figures.
+        simulated: what it was simulated with; None of a real run. Times are virtual then.
     """
 
     job_id: str
@@ -278,6 +279,7 @@ class Summary:
     bytes_sent: int = 0
     bytes_received: int = 0
     per_node: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    simulated: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as summary.json has it: plain values, None for NaN and infinity."""

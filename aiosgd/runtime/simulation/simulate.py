@@ -1,0 +1,222 @@
+"""A simulated job from its options to its run folder, which is like that of a real run."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import gc
+import platform
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import threadpoolctl
+
+from aiosgd.errors import JobFailedError
+from aiosgd.runtime import results
+from aiosgd.runtime.config import JobConfig
+from aiosgd.runtime.harvest import End, Harvest, Outcome
+from aiosgd.runtime.session import Evaluation, Progress
+from aiosgd.runtime.simulation.loop import run_virtually
+from aiosgd.runtime.simulation.trace import Trace
+from aiosgd.runtime.simulation.world import Ending, Scenario, World
+from aiosgd.runtime.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What to simulate.
+
+    Attributes:
+        load: the job's plugins.
+        workers, servers: how many.
+        scenario: what it is simulated on.
+        seconds: virtual time that it may take; None is any.
+        keep_trace: whether the outcome has every event.
+    """
+
+    load: Workload
+    workers: int
+    servers: int = 0
+    scenario: Scenario = dataclasses.field(default_factory=Scenario)
+    seconds: float | None = None
+    keep_trace: bool = False
+
+
+@dataclass
+class Simulated(Outcome):
+    """A job that was simulated.
+
+    Attributes:
+        trace: what happened.
+    """
+
+    trace: Trace
+
+
+@dataclass
+class Played:
+    """A simulation in memory, before anything is written.
+
+    Attributes:
+        world: its nodes, as they ended.
+        ending: how the job ended.
+        trace: what happened.
+        real_s: how long it really took.
+    """
+
+    world: World
+    ending: Ending
+    trace: Trace
+    real_s: float
+
+
+def play(
+    simulation: Simulation, report: Callable[[Progress | Evaluation], None] = lambda _: None
+) -> Played:
+    """Simulate a job in memory; must be called where no event loop runs.
+
+    Raises:
+        DeadlockError, LimitError: nothing can happen any more, or not within `seconds`.
+    """
+    trace = Trace(keep=simulation.keep_trace)
+    started = time.perf_counter()
+
+    async def main() -> tuple[World, Ending]:
+        workers = tuple(range(simulation.workers))
+        servers = tuple(range(-1, -1 - simulation.servers, -1))
+        world = World(simulation.load, workers, servers, simulation.scenario, trace, report)
+        return world, await world.run()
+
+    with _undisturbed():
+        world, ending = run_virtually(main(), seconds=simulation.seconds)
+    return Played(world, ending, trace, time.perf_counter() - started)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Compute in one thread, for more of them change sums; collect no garbage meanwhile."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        with threadpoolctl.threadpool_limits(1, user_api="blas"):
+            yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+def simulate(
+    simulation: Simulation,
+    report: Callable[[Progress | Evaluation], None] = lambda _: None,
+    started: Callable[[str], None] = lambda _: None,
+) -> Simulated:
+    """Simulate a job and write its run folder; must be called where no event loop runs.
+
+    Args:
+        simulation: what to simulate.
+        report: told how far the workers are.
+        started: told the job's id.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+        JobFailedError: the job failed.
+    """
+    load, job = simulation.load, simulation.load.job
+    name = job.title or Path(job.codec.rpartition(":")[2]).name
+    job_id = results.new_job_id(dt.datetime.now(), name, secrets.token_hex(2))
+    folder = results.create_folder(Path(job.output), job_id)
+    log, handler = results.open_log(folder / "submit.log")
+    try:
+        _write_job(folder, simulation, job_id)
+        started(job_id)
+        log.info("simulated on %s", simulation.scenario.network)
+        played = play(simulation, report)
+        return _write(played, simulation, folder, job_id, log)
+    finally:
+        handler.close()
+
+
+def _write_job(folder: Path, simulation: Simulation, job_id: str) -> None:
+    job: JobConfig = dataclasses.replace(
+        simulation.load.job, workers=simulation.workers, servers=simulation.servers or None
+    )
+    extra = {"job_id": job_id, "simulated": facts(simulation), "steps": simulation.load.steps}
+    results.write_job(folder, job, extra)
+
+
+def facts(simulation: Simulation) -> dict[str, Any]:
+    """Return what a simulation was made with: the same facts, the same run."""
+    scenario = simulation.scenario
+    return {
+        "network": _plain(dataclasses.asdict(scenario.network)),
+        "slow": {str(node): factor for node, factor in sorted(scenario.slow.items())},
+        "faults": [str(fault) for fault in scenario.faults],
+        "seed": scenario.seed,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as TOML has it: without None, keys as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple | set | frozenset | range):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _write(
+    played: Played, simulation: Simulation, folder: Path, job_id: str, log: Any
+) -> Simulated:
+    world, error = played.world, played.ending.error
+    harvest = Harvest(folder, simulation.load, dict.fromkeys(world.sessions, "virtual"), log)
+    for node in world.sessions:
+        harvest.keep(node, _left(world, node), whole=not error)
+    simulated = {
+        **facts(simulation),
+        "real_s": played.real_s,
+        "messages": world.network.messages,
+        "events": world.loop.events,
+        "trace_sha256": played.trace.digest,
+    }
+    end = End(
+        state="failed" if error else "done",
+        error=error,
+        wall_s=played.ending.time_s,
+        simulated=simulated,
+    )
+    outcome = harvest.write(job_id, end)
+    if reason := harvest.error(error):
+        where = f"logs in {folder}"
+        raise JobFailedError(f"job {job_id} failed: {reason}; {where}") from played.ending.cause
+    return Simulated(**vars(outcome), trace=played.trace)
+
+
+def _left(world: World, node: int) -> dict[str, Any]:
+    """Return what a node leaves, as a real one sends it to its submitter."""
+    session, transport = world.sessions[node], world.transports[node]
+    log = "".join(f"{line}\n" for line in world.logs[node])
+    return {
+        "train": session.train.columns(),
+        "evaluations": session.evaluations.columns(),
+        "log": np.frombuffer(log.encode(), np.uint8),
+        "weights": session.weights if node == 0 else None,
+        "figures": {
+            "samples": session.samples,
+            "train_s": session.train_s,
+            "late": session.late,
+            "bytes_sent": transport.bytes_sent,
+            "bytes_received": transport.bytes_received,
+        },
+    }

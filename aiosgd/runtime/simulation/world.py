@@ -1,0 +1,447 @@
+"""A job's nodes in virtual time: the sessions of a real run, on a simulated network.
+
+A session does not know where it is: its clock, transport and executor come from here, everything
+else is what runs on a cluster. What the nodes tell the submitter, and what it answers, goes through
+the state machine of real jobs, and takes no time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from aiosgd.errors import AiosgdError, PeerLostError
+from aiosgd.plugins.registry import error_text
+from aiosgd.runtime.frame import encode
+from aiosgd.runtime.job import (
+    Evaluated,
+    Instruction,
+    Job,
+    Lost,
+    Order,
+    Phase,
+    Report,
+    Reported,
+    Tell,
+    Verdict,
+    node_name,
+)
+from aiosgd.runtime.learner import Computed
+from aiosgd.runtime.mesh import DEAD_AFTER, HEARTBEAT
+from aiosgd.runtime.session import Evaluation, Place, Progress, Session
+from aiosgd.runtime.simulation.draws import uniform
+from aiosgd.runtime.simulation.faults import Crash, Cut, Fault
+from aiosgd.runtime.simulation.loop import SECOND, VirtualLoop
+from aiosgd.runtime.simulation.network import Network, NetworkModel
+from aiosgd.runtime.simulation.trace import Trace, What
+from aiosgd.runtime.workload import Workload
+
+T = TypeVar("T")
+
+FLOPS_PER_WEIGHT = 6
+"""Operations per parameter and sample: two forward and four backward."""
+_NOISE = 3  # the purpose of a draw
+_LISTENERS = 4  # as Part's, a session's errors come one by one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What a job is simulated on.
+
+    Attributes:
+        network: the network and the machines.
+        slow: worker -> factor by which its computing is slower.
+        faults: what goes wrong, and when.
+        seed: of everything that the network draws.
+    """
+
+    network: NetworkModel = field(default_factory=NetworkModel)
+    slow: Mapping[int, float] = field(default_factory=dict)
+    faults: Sequence[Fault] = ()
+    seed: int = 0
+
+
+@dataclass
+class Ending:
+    """How a simulated job ended.
+
+    Attributes:
+        error: the first reason why it did not end well; empty if it did.
+        cause: that reason as it was raised.
+        time_s: virtual seconds that it took.
+    """
+
+    error: str
+    cause: BaseException | None
+    time_s: float
+
+
+class VirtualTransport:
+    """One node's links: what a session sends and gets.
+
+    Content is encoded and decoded as on the wire, once for all receivers of an envelope.
+    """
+
+    def __init__(self, node: int, world: World) -> None:
+        self.node = node
+        self.bytes_sent = self.bytes_received = 0
+        self.messages_sent = self.messages_consumed = 0
+        self.deliver: Callable[[int, Any], None]
+        self._world = world
+        self._network = world.network
+        self._loop = world.loop
+        self._is_async = world.load.job.mode == "async"
+        self._outstanding: Counter[int] = Counter()  # receiver -> messages it has not consumed
+        self._lost: dict[int, str] = {}
+        self._waiters: dict[asyncio.Future[None], int] = {}  # -> the window it waits for
+
+    def send(self, to: Sequence[int], content: Any, channel: int) -> int:
+        """Send to each node without waiting; return the bytes sent in all."""
+        for node in to:
+            if node in self._lost:
+                raise PeerLostError(f"node {node} is lost; nothing can be sent to it")
+        frame = encode(content, number=channel)
+        received, size = frame.received(), frame.size
+        for node in to:
+            self.messages_sent += 1
+            if node == self.node:
+                self._loop.call_soon(self.deliver, node, received)
+                continue
+            self.bytes_sent += size
+            self._outstanding[node] += 1
+            self._network.send(self.node, node, size, _Delivery(self, node, received, size))
+        return size * sum(node != self.node for node in to)
+
+    def take(self, sender: int, content: Any, size: int) -> None:
+        """Hand a message over that has arrived."""
+        self.bytes_received += size
+        self.deliver(sender, content)
+
+    def consumed(self, sender: int) -> None:
+        """Note that a message was handled; in async mode its sender hears of it later."""
+        self.messages_consumed += 1
+        if sender == self.node:
+            return
+        if self._is_async:
+            when = self._loop.time_ns() + round(self._network.model.path.latency_s * SECOND)
+            self._loop.call_at_ns(when, 0, self._world.credit, sender, self.node)
+        else:
+            self._world.credit(sender, self.node)
+
+    def credit(self, receiver: int) -> None:
+        """Take a receiver's word that it has handled one more."""
+        self._outstanding[receiver] -= 1
+        if self._waiters:
+            fullest = self._fullest()
+            for waiter, window in self._waiters.items():
+                if fullest <= window and not waiter.done():
+                    waiter.set_result(None)
+
+    def _fullest(self) -> int:
+        return max(self._outstanding.values(), default=0)
+
+    async def room(self, window: int) -> None:
+        """Wait until no peer has more than `window` of our messages unhandled."""
+        while self._fullest() > window:
+            waiter = self._loop.create_future()
+            self._waiters[waiter] = window
+            try:
+                await waiter
+            finally:
+                del self._waiters[waiter]
+
+    def lose(self, peer: int, reason: str) -> None:
+        """Learn that a peer is gone."""
+        self._lost[peer] = reason
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(PeerLostError(f"node {peer} is lost: {reason}"))
+
+    async def watch(self) -> None:
+        """Wait for ever: dead links are noticed by the world, heartbeats cost nothing."""
+        await self._loop.create_future()
+
+
+class _Delivery:
+    """A message's arrival at its receiver."""
+
+    __slots__ = ("content", "sender", "size", "to")
+
+    def __init__(self, sender: VirtualTransport, to: int, content: Any, size: int) -> None:
+        self.sender, self.to, self.content, self.size = sender, to, content, size
+
+    def __call__(self) -> None:
+        world = self.sender._world
+        world.transports[self.to].take(self.sender.node, self.content, self.size)
+
+
+class VirtualCompute:
+    """One node's computations: done at once, and ready after the time that the model says.
+
+    Args:
+        node: its id.
+        world: where it is.
+        block_s: seconds of a block without noise.
+    """
+
+    def __init__(self, node: int, world: World, block_s: float) -> None:
+        self._node = node
+        self._world = world
+        self._block_s = block_s
+        self._count = 0
+
+    async def compute(self, function: Callable[..., T], *args: Any) -> T:
+        """Run a training computation."""
+        world, noise = self._world, self._world.scenario.network.noise
+        seconds = self._block_s
+        if noise:
+            even = uniform(world.scenario.seed, self._node, self._count, _NOISE)
+            seconds *= 1 + noise * (2 * even - 1)
+        self._count += 1
+        cost = round(seconds * SECOND)
+        value = await world.loop.do_work(cost, function, *args)
+        if isinstance(value, Computed):
+            world.trace.add(
+                world.loop.time_ns(), What.COMPUTE, self._node, self._count, value.block, cost
+            )
+            return dataclasses.replace(value, seconds=seconds)
+        return value
+
+    async def assist(self, function: Callable[..., T], *args: Any) -> T:
+        """Run heavy work of a codec, or an evaluation; it takes no time."""
+        return function(*args)
+
+
+class World:
+    """All nodes of one job.
+
+    Args:
+        load: the job's plugins.
+        workers, servers: ids.
+        scenario: what it is simulated on.
+        trace: told of everything.
+        report: told how far the workers are.
+
+    Attributes:
+        sessions, logs: node -> its session, its lines with their virtual times.
+    """
+
+    def __init__(
+        self,
+        load: Workload,
+        workers: Sequence[int],
+        servers: Sequence[int],
+        scenario: Scenario,
+        trace: Trace,
+        report: Callable[[Progress | Evaluation], None] = lambda _: None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        self.loop = loop
+        self.load = load
+        self.scenario = scenario
+        self.trace = trace
+        self.network = Network(loop, scenario.network, scenario.seed, trace)
+        self.logs: defaultdict[int, list[str]] = defaultdict(list)
+        self.transports: dict[int, VirtualTransport] = {}
+        self.sessions: dict[int, Session] = {}
+        self._report = report
+        self._machine = Job(workers, servers, load.job.target_accuracy, phase=Phase.RUNNING)
+        self._machine.missing = set(workers)
+        self._cause: BaseException | None = None
+        self._over = asyncio.Event()
+        self._runs: dict[int, asyncio.Task[None]] = {}
+        self._orders: set[asyncio.Task[None]] = set()
+        self._dead: set[int] = set()
+        initial = load.initial()
+        initial.setflags(write=False)
+        for node in (*workers, *servers):
+            self._add(node, tuple(workers), tuple(servers), initial)
+
+    def _add(self, node: int, workers: tuple[int, ...], servers: tuple[int, ...], w: Any) -> None:
+        transport = self.transports[node] = VirtualTransport(node, self)
+        place = Place(
+            node=node,
+            workers=workers,
+            servers=servers,
+            transport=transport,
+            executor=VirtualCompute(node, self, self._block_s(node)),
+            report=self._news,
+            log=lambda text: self.log(node, text),
+            clock=self.loop.time,
+        )
+        session = self.sessions[node] = Session(place, self.load, w)
+        transport.deliver = session.deliver
+
+    def _block_s(self, node: int) -> float:
+        """Return how long a node takes for a block."""
+        model, job = self.scenario.network, self.load.job
+        seconds = model.block_s
+        if seconds is None:
+            work = FLOPS_PER_WEIGHT * self.load.model.size * job.batch_size
+            seconds = work / model.flops
+        slow = self.scenario.slow.get(node, 1.0) * job.compute.slow.get(str(node), 1.0)
+        return seconds * slow
+
+    def log(self, node: int, text: str) -> None:
+        """Write a line to a node's log."""
+        self.logs[node].append(f"{self.loop.time():.6f} {text}")
+
+    def credit(self, sender: int, receiver: int) -> None:
+        """Tell a sender that one of its messages was handled."""
+        self.transports[sender].credit(receiver)
+
+    # the job
+
+    async def run(self) -> Ending:
+        """Run the job to its end, whatever that is."""
+        started = self.loop.time()
+        for fault in self.scenario.faults:
+            self.loop.call_later(fault.time_s, self._befall, fault)
+        for node, session in self.sessions.items():
+            self._runs[node] = self.loop.create_task(self._live(node, session), name=f"node {node}")
+            if node >= 0:
+                self._order(node, Order.START)
+        try:
+            await self._over.wait()
+        finally:
+            await self._end()
+        return Ending(self._machine.error, self._cause, self.loop.time() - started)
+
+    async def _live(self, node: int, session: Session) -> None:
+        def failed(error: Exception) -> None:
+            self._fail(node, error)
+
+        try:
+            await session.run(failed)
+        except Exception:  # noqa: BLE001 - `failed` has heard of it
+            pass
+
+    async def _end(self) -> None:
+        """Stop everything that still runs."""
+        tasks = [*self._runs.values(), *self._orders]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for node, session in self.sessions.items():
+            if node not in self._dead:
+                session.stop()
+
+    def _fail(self, node: int, error: BaseException) -> None:
+        """Take a node's word that it cannot go on."""
+        if node in self._dead:
+            return
+        first = _first(error)
+        if not self._machine.error:
+            self._cause = first
+        text = error_text(first)
+        self.log(node, text)
+        self._apply(Reported(node, Report.FAILED, self.loop.time(), text))
+
+    def _news(self, news: Progress | Evaluation) -> None:
+        if news.node in self._dead:
+            return
+        self._report(news)
+        if isinstance(news, Evaluation):
+            self._apply(Evaluated(news.node, news.epoch, news.accuracy))
+
+    def _apply(self, event: Any) -> None:
+        for instruction in self._machine.handle(event):
+            self._obey(instruction)
+
+    def _obey(self, instruction: Instruction) -> None:
+        phase = self._machine.phase
+        if phase in (Phase.STOPPING, Phase.DONE, Phase.FAILED):
+            self._over.set()
+            return
+        match instruction:
+            case Tell(nodes, order):
+                for node in nodes:
+                    self._order(node, order)
+            case Verdict(nodes, epoch, stop):
+                for node in nodes:
+                    self.sessions[node].verdict(epoch, stop)
+
+    def _order(self, node: int, order: Order) -> None:
+        """Let a node follow an order, and report when it has."""
+        task = self.loop.create_task(self._follow(node, order), name=f"order {order} of {node}")
+        self._orders.add(task)
+        task.add_done_callback(self._orders.discard)
+
+    async def _follow(self, node: int, order: Order) -> None:
+        session, totals = self.sessions[node], (0, 0)
+        try:
+            if order is Order.START:
+                await session.trained()
+                report = Report.TRAINED
+            elif order is Order.FINISH:
+                totals = await session.quiet()
+                report = Report.QUIET
+            else:
+                await session.conclude()
+                report = Report.COLLECTED
+        except Exception as error:  # noqa: BLE001 - whatever it is, the job fails with it
+            self._fail(node, error)
+            return
+        if node not in self._dead:
+            self._apply(Reported(node, report, self.loop.time(), totals=totals))
+
+    # what goes wrong
+
+    def _befall(self, fault: Fault) -> None:
+        match fault:
+            case Crash(node=node, silent=silent):
+                self._crash(node, silent)
+            case Cut(some=some, others=others):
+                self.network.cut(some, others)
+                self.loop.call_later(fault.lasts_s, self.network.heal)
+                self.loop.call_later(self._notice_s(), self._notice_cut, some, others)
+
+    def _notice_s(self) -> float:
+        """Return after how long silence counts as death: heartbeats look once a second."""
+        return DEAD_AFTER + HEARTBEAT
+
+    def _crash(self, node: int, silent: bool) -> None:
+        """End a node at once; a process's links break, a host falls silent."""
+        if node in self._dead or node not in self.sessions:
+            return
+        self._dead.add(node)
+        self.network.crash(node)
+        self._runs[node].cancel()
+        if silent:
+            self.loop.call_later(
+                self._notice_s(), self._lost, node, f"silent for {DEAD_AFTER:g} s"
+            )
+        else:
+            latency = self.scenario.network.path.latency_s
+            self.loop.call_later(latency, self._lost, node, f"node {node} closed its link")
+
+    def _notice_cut(self, some: Sequence[int], others: Sequence[int]) -> None:
+        for a in some:
+            for b in others:
+                if self.network.is_cut(a, b):
+                    self._lost(b, f"node {a} has not heard of node {b} for {DEAD_AFTER:g} s")
+                    return
+
+    def _lost(self, node: int, reason: str) -> None:
+        """Let everybody know that a node is gone."""
+        self.trace.add(self.loop.time_ns(), What.BREAK, node, 0, 0, 0)
+        for other, transport in self.transports.items():
+            if other != node and other not in self._dead:
+                transport.lose(node, reason)
+                self.log(other, f"{node_name(node)} lost: {reason}")
+        if not self._machine.error:
+            self._cause = PeerLostError(f"{node_name(node)} lost: {reason}")
+        self._apply(Lost(node, reason, self.loop.time()))
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return the first deliberate error of an exception group, else the first error."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_first(inner) for inner in error.exceptions]
+    return next((leaf for leaf in leaves if isinstance(leaf, AiosgdError)), leaves[0])
