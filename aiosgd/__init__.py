@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from aiosgd import aio as aio
     from aiosgd.api import Result as Result
     from aiosgd.api import run as run
+    from aiosgd.api import simulate as simulate
     from aiosgd.api import submit as submit
     from aiosgd.codecs.base import SERVER as SERVER
     from aiosgd.codecs.base import WORKERS as WORKERS
@@ -26,7 +27,7 @@ _PUBLIC = {
         ("SERVER", "WORKERS", "Block", "Codec", "Context", "Envelope", "Message"),
         "aiosgd.codecs.base",
     ),
-    **dict.fromkeys(("Result", "run", "submit"), "aiosgd.api"),
+    **dict.fromkeys(("Result", "run", "simulate", "submit"), "aiosgd.api"),
 }
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "aio",
     "run",
+    "simulate",
     "submit",
 ]
 

@@ -1,4 +1,4 @@
-"""The Python calls as coroutines: `await aiosgd.aio.run(...)`, `await aiosgd.aio.submit(...)`."""
+"""The Python calls as coroutines: `await aiosgd.aio.run(...)`, `.submit(...)`, `.simulate(...)`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,19 @@ from aiosgd.runtime.config import (
 from aiosgd.runtime.coordinator import Observer, Request, code_files, load_job, run_job
 from aiosgd.runtime.harvest import Outcome
 from aiosgd.runtime.security import SecurityFiles
+from aiosgd.runtime.simulation.faults import parse_faults, parse_stragglers
+from aiosgd.runtime.simulation.network import NetworkModel
+from aiosgd.runtime.simulation.networks import load_network
+from aiosgd.runtime.simulation.simulate import Simulated, Simulation
+from aiosgd.runtime.simulation.simulate import simulate as simulate_job
+from aiosgd.runtime.simulation.world import Scenario
 from aiosgd.runtime.toml_source import TomlSource
 from aiosgd.runtime.workload import file_codecs, is_file_codec, load_codecs
+
+
+SIMULATED_WORKERS = 100
+SIMULATED_SAMPLES = 1000
+"""Of a simulated job unless it says otherwise: workers, and samples of all of them per step."""
 
 
 class Silent:
@@ -123,6 +134,73 @@ async def run(
             security=SecurityFiles(secret_file=nodes.secret_file).load(),
         )
         return await run_job(request, observer, loaded)
+
+
+async def simulate(
+    *,
+    network: str | Path | NetworkModel = "lan",
+    stragglers: str = "",
+    faults: str = "",
+    keep_trace: bool = False,
+    sets: tuple[str, ...] = (),
+    data_dir: str | Path | None = None,
+    observer: Observer | None = None,
+    job_file: str | Path | None = None,
+    **options: Any,
+) -> Simulated:
+    """Run a job on virtual nodes in virtual time, in a thread of this process.
+
+    The same options give the same results, bit for bit, on one class of machine; in sync mode
+    they are those of a real run. `workers` is 100 unless given; `servers` is 1 if the codec needs
+    one; `batch_size` is so small that all workers together have 1,000 samples per step.
+
+    Args:
+        network: `lan`, `wan`, `mobile`, a file that describes one, or a model.
+        stragglers: which workers are slow: `10%:5` for a tenth of them, five times; `3:2`.
+        faults: what goes wrong: `crash:2@3.5; cut:0,1|2,3@1-4`.
+        keep_trace: whether the outcome has every event.
+        sets, data_dir, observer, job_file, options: as `submit`.
+
+    Raises:
+        ConfigError, PluginError: the job is wrong.
+        JobFailedError: the job failed.
+    """
+    job = _make_job(options, sets, job_file, **_simulated_sizes(options.get("workers")))
+    workers, servers = _sizes(job)
+    loaded, _ = await asyncio.to_thread(load_job, job, workers, Path(data_dir or default_data_dir()))
+    nodes = [*range(workers), *range(-1, -1 - servers, -1)]
+    scenario = Scenario(
+        network=network if isinstance(network, NetworkModel) else load_network(network),
+        slow=parse_stragglers(stragglers, workers, job.seed),
+        faults=parse_faults(faults, nodes),
+        seed=job.seed,
+    )
+    simulation = Simulation(
+        load=loaded, workers=workers, servers=servers, scenario=scenario, keep_trace=keep_trace
+    )
+    return await _in_thread(simulation, observer or Silent())
+
+
+def _simulated_sizes(workers: object) -> dict[str, int]:
+    """Return the default numbers of workers and of samples per block."""
+    count = workers if type(workers) is int and workers > 0 else SIMULATED_WORKERS
+    share = min(JobConfig.batch_size, max(1, SIMULATED_SAMPLES // count))
+    return {"workers": SIMULATED_WORKERS, "batch_size": share}
+
+
+async def _in_thread(simulation: Simulation, observer: Observer) -> Simulated:
+    """Simulate in a thread; cancelling this cancels the job, which still leaves its results."""
+    cancels: list[Callable[[], object]] = []
+    work = asyncio.ensure_future(
+        asyncio.to_thread(simulate_job, simulation, observer, cancels.append)
+    )
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        for cancel in cancels:
+            cancel()
+        await asyncio.wait([work])
+        raise
 
 
 # Options ------------------------------------------------------------------------------------

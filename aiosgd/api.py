@@ -1,4 +1,4 @@
-"""The Python calls: `aiosgd.run(...)` and `aiosgd.submit("cluster.toml", ...)`.
+"""The Python calls: `aiosgd.run(...)`, `aiosgd.submit("cluster.toml", ...)`, `aiosgd.simulate(...)`.
 
 They are synchronous and also work where an event loop already runs, as in a notebook.
 """
@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 from aiosgd import aio
 from aiosgd.runtime.config import Cluster
 from aiosgd.runtime.harvest import Outcome as Result
+from aiosgd.runtime.simulation.simulate import Simulated
 
 T = TypeVar("T")
 
-__all__ = ["Result", "run", "submit"]
+__all__ = ["Result", "run", "simulate", "submit"]
 
 
 def run(**options: Any) -> Result:
@@ -28,6 +29,11 @@ def run(**options: Any) -> Result:
 def submit(cluster: str | Path | Cluster, **options: Any) -> Result:
     """Run a job on a cluster; see `aiosgd.aio.submit`."""
     return wait_for(aio.submit(cluster, **options))
+
+
+def simulate(**options: Any) -> Simulated:
+    """Run a job on virtual nodes in virtual time; see `aiosgd.aio.simulate`."""
+    return wait_for(aio.simulate(**options))
 
 
 def wait_for(work: Coroutine[Any, Any, T]) -> T:

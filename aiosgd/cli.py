@@ -136,13 +136,14 @@ JOB_OPTIONS = {
     "batch_size": "Samples per block.",
     "epochs": "Passes over the data.",
     "max_steps": "Stop after so many steps.",
-    "workers": "Number of workers; run: 2, submit: all of the cluster unless given.",
+    "workers": "Number of workers; run: 2, simulate: 100, submit: all of them unless given.",
     "servers": "Number of servers, where the codec uses any.",
     "overlap": "Compute a step while the one before is exchanged.",
     "granularity": "One codec per 'model', per 'tensor', or per bucket of so many bytes.",
     "seed": "Seed of everything that is random.",
     "step_timeout": "Seconds without a step's result before the job fails.",
     "target_accuracy": "Stop after the epoch that reaches this mean test accuracy.",
+    "record": "Keep the order in which things reach the codecs, for `simulate --replay`.",
     "title": "Part of the job id.",
     "output": "Folder for results.",
 }
@@ -287,6 +288,46 @@ def submit(
     )
 
 
+@app.command()
+@_reported
+@_with_job_options
+def simulate(
+    *,
+    network: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="lan, wan, mobile, or a file that says it.")
+    ] = "lan",
+    stragglers: Annotated[
+        str, typer.Option(metavar="WHO", help="Slow workers: 10%:5 (a tenth, five times), 3:2.")
+    ] = "",
+    faults: Annotated[
+        str,
+        typer.Option(metavar="WHAT", help="crash:2@3.5; host:2@3.5; cut:0,1|2,3@1-4 (seconds)."),
+    ] = "",
+    sets: Sets = None,
+    job_file: JobFile = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+    options: dict[str, Any],
+) -> None:
+    """Run a job on virtual nodes in virtual time: the same results for the same options."""
+    from aiosgd import aio
+
+    _run_to_end(
+        lambda observer: aio.simulate(
+            network=network,
+            stragglers=stragglers,
+            faults=faults,
+            sets=tuple(sets or ()),
+            job_file=job_file,
+            data_dir=data_dir,
+            observer=observer,
+            **options,
+        ),
+        as_json,
+        "preparing the simulation",
+    )
+
+
 def _run_to_end(work: Callable[[Any], Any], as_json: bool, title: str) -> None:
     outcome = _shown(work, title)
     if as_json:
@@ -344,6 +385,13 @@ def _print_outcome(outcome: Outcome) -> None:
         f"{summary.steps} steps, {summary.samples:,} samples in {summary.train_s:.2f} s "
         f"({summary.samples_per_s:,.0f} samples/s)"
     )
+    if summary.simulated is not None:
+        made = summary.simulated
+        print(
+            f"simulated on {made['network']['name']} with seed {made['seed']}: "
+            f"{summary.wall_s:.3f} s of virtual time, {made['messages']:,} messages, "
+            f"in {made['real_s']:.2f} s"
+        )
     print(f"results in {outcome.folder}")
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 LINE_INTERVAL = 2.0
 BAR_WIDTH = 20
 GAP = 2
+ROWS = 16  # workers at most; the others are counted
 WIDTHS = {
     "epoch": 5,
     "loss": 8,
@@ -132,9 +133,12 @@ class Display:
         for name, width in columns.items():
             left = name in ("node", "progress")
             table.add_column(name, justify="left" if left else "right", width=width, no_wrap=True)
-        for node in sorted(self._progress):
+        nodes = sorted(self._progress)
+        for node in nodes[:ROWS]:
             cells = self._cells(node)
             table.add_row(*(cells[name] for name in columns))
+        if len(nodes) > ROWS:
+            table.add_row(Text(f"… {len(nodes) - ROWS} more", style="dim"))
         return table
 
     def _columns(self) -> dict[str, int]:

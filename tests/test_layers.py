@@ -23,7 +23,8 @@ LAYERS = [
     "aiosgd.runtime.learner aiosgd.runtime.harvest",
     "aiosgd.runtime.session",
     "aiosgd.runtime.part aiosgd.display",
-    "aiosgd.runtime.node aiosgd.runtime.coordinator",
+    "aiosgd.runtime.node aiosgd.runtime.coordinator aiosgd.runtime.simulation.*",
+    "aiosgd.check.*",
     "aiosgd.aio",
     "aiosgd.api aiosgd.bench aiosgd.bench.rows aiosgd.bench.peers aiosgd.bench.gloo",
     "aiosgd.bench.wire aiosgd.bench.jobs",
@@ -49,7 +50,7 @@ DOORS = {
     "uvloop": {"aiosgd.cli"},
     "safetensors": {"aiosgd.runtime.results"},
     "tomli_w": {"aiosgd.runtime.results"},
-    "threadpoolctl": {"aiosgd.runtime.part"},
+    "threadpoolctl": {"aiosgd.runtime.part", "aiosgd.runtime.simulation.simulate"},
 }
 
 

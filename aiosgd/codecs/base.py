@@ -32,6 +32,7 @@ from __future__ import annotations
 import enum
 import functools
 import operator
+from bisect import bisect_left
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -178,6 +179,7 @@ class Context:
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     initial: Vector = field(default_factory=lambda: np.empty(0, np.float32), repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    blocks_by_node: Mapping[int, tuple[int, ...]] | None = field(default=None, repr=False)
     compressor: Any = field(default=None, repr=False)
     executor: Callable[..., Awaitable[Any]] | None = field(default=None, repr=False)
     memory: Callable[[int], Array] | None = field(default=None, repr=False)
@@ -215,6 +217,8 @@ class Context:
 
     def blocks_of(self, node: int) -> tuple[int, ...]:
         """Return the blocks that a node computes, ascending."""
+        if self.blocks_by_node is not None:
+            return self.blocks_by_node.get(node, ())
         return tuple(i for i, owners in enumerate(self.block_owners) if node in owners)
 
     def workers_with(self, block: int) -> tuple[int, ...]:
@@ -293,9 +297,15 @@ class Context:
                     f"sends to {to!r}; expected a node id, ids, SERVER or WORKERS"
                 ) from None
         for node in ids:
-            if node not in self.workers and node not in self.servers:
+            if not (_has(self.workers, node) or node in self.servers):
                 raise ValueError(f"sends to node {node}, which the job does not have")
         return ids
+
+
+def _has(ascending: Sequence[int], node: int) -> bool:
+    """Tell whether a node is among ids in ascending order, of which there may be thousands."""
+    place = bisect_left(ascending, node)
+    return place < len(ascending) and ascending[place] == node
 
 
 Sends: TypeAlias = Envelope | Iterable[Envelope] | None
@@ -422,29 +432,44 @@ async def _nothing() -> None:
     """Send nothing."""
 
 
-async def envelopes(hook: Any) -> AsyncIterator[Envelope]:
-    """Yield what a hook sends, whichever way it is written.
+async def pass_on(hook: Any, send: Callable[[Envelope], None]) -> int:
+    """Let a hook run, and give `send` each envelope of it at once, whichever way it is written.
+
+    Returns:
+        How many there were.
 
     Raises:
         TypeError: the hook is neither a coroutine nor an async generator, or gave something
             that is no Envelope.
     """
+    count = 0
     if isinstance(hook, AsyncIterator):
         async for envelope in hook:
-            yield _checked(envelope)
-        return
+            send(_checked(envelope))
+            count += 1
+        return count
     if not isinstance(hook, Awaitable):
         raise TypeError(f"is not `async def`: it returned {type(hook).__name__}")
     sends = await hook
     if sends is None:
-        return
+        return 0
     if isinstance(sends, Envelope):
-        yield sends
-        return
+        send(sends)
+        return 1
     if not isinstance(sends, Iterable):
         raise TypeError(f"returned {type(sends).__name__}; expected None, Envelope or several")
     for envelope in sends:
-        yield _checked(envelope)
+        send(_checked(envelope))
+        count += 1
+    return count
+
+
+async def envelopes(hook: Any) -> AsyncIterator[Envelope]:
+    """Yield what a hook sends; see `pass_on`."""
+    sent: list[Envelope] = []
+    await pass_on(hook, sent.append)
+    for envelope in sent:
+        yield envelope
 
 
 def _checked(envelope: object) -> Envelope:

@@ -14,11 +14,12 @@ array must not change, and messages meet a node in the step that they belong to.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ from aiosgd.codecs.base import (
     Exchange,
     Message,
     Mode,
-    envelopes,
+    pass_on,
 )
 from aiosgd.errors import CodecError, ConfigError, JobFailedError
 from aiosgd.plugins.registry import describe, make_params
@@ -58,7 +59,32 @@ class Sent(NamedTuple):
     content: Any
 
 
+class Happening(NamedTuple):
+    """One thing that happened in a cluster, as its witness is told.
+
+    Attributes:
+        kind: `send`; `deliver`, before the receiver handles it; `drop`, for it comes too late;
+            `update`, before the codec handles a block; `result`, when it was taken.
+        node: where: the sender of what is sent, the receiver of what is delivered or dropped.
+        peer: the other end of a message.
+        step: the step that it belongs to.
+        what: the content, the block or the result.
+        number: the same for a message's two ends, from 1 on; 0 for what is no message.
+    """
+
+    kind: Literal["send", "deliver", "drop", "update", "result"]
+    node: int
+    peer: int | None
+    step: int
+    what: Any
+    number: int = 0
+
+
+Witness: TypeAlias = Callable[[Happening], None]
+
+
 class _Parcel(NamedTuple):
+    number: int
     step: int
     content: Any
     originals: list[tuple[Array, Array]]  # what the sender sent, and how it was then
@@ -80,8 +106,10 @@ class LocalCluster:
         initial: the initial weights; without them the first value says how long a result is, and
             `ctx.initial` is zeros from then on. Results of another shape are refused.
         seed: decides the order of everything, and seeds `ctx.rng`.
+        schedule: decides the order in its place: other orders, with the same `ctx.rng`.
         fifo: whether each link keeps its order, as TCP does.
         compressor: makes each node's compressor from a random generator.
+        witness: told of everything, at once.
         facts: more of the context: `steps` for codecs that end in a special way, `shapes`, ….
 
     Attributes:
@@ -109,8 +137,10 @@ class LocalCluster:
         server_params: Mapping[str, Any] | None = None,
         initial: npt.ArrayLike = (),
         seed: int = 0,
+        schedule: int | None = None,
         fifo: bool = True,
         compressor: Callable[[np.random.Generator], Any] | None = None,
+        witness: Witness = lambda _: None,
         **facts: Any,
     ) -> None:
         if mode not in codec.modes:
@@ -129,7 +159,8 @@ class LocalCluster:
         self._mode, self._fifo = mode, fifo
         self._initial = frozen(vector(initial))
         self._size = self._initial.size  # of a result; 0: not known yet
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(seed if schedule is None else schedule)
+        self._tell = witness
         self._feeds: list[Feed] = []
         self._blocks: dict[int, deque[Block]] = {worker: deque() for worker in self.workers}
         self._links: dict[tuple[int, int], list[_Parcel]] = {}
@@ -199,6 +230,19 @@ class LocalCluster:
         def feed(worker: int, step: int) -> Mapping[int, npt.ArrayLike]:
             return {block: values(step, block) for block in self.codecs[worker].ctx.blocks}
 
+        return await self.train(feed, steps)
+
+    async def train(self, feed: Feed, steps: int) -> list[dict[int, Any]]:
+        """Let every worker take several steps, whose blocks may depend on the results before.
+
+        Args:
+            feed: (worker, step) -> its blocks, id -> value; called when the worker enters the
+                step, with its result of the one before in `results`.
+            steps: how many.
+
+        Returns, Raises:
+            As `run`.
+        """
         self._extend(feed, steps)
         await self.finish()
         return self.results[-steps:] if steps else []
@@ -245,6 +289,7 @@ class LocalCluster:
         """
         if sender is None and self._blocks[to]:
             block = self._blocks[to].popleft()
+            self._tell(Happening("update", to, None, block.step, block))
             await self._call(to, "update", block.step, block)
         elif sender is not None and (places := self._places(sender, to)):
             await self._receive(sender, to, self._rng.choice(places))
@@ -318,9 +363,11 @@ class LocalCluster:
         codec = self.codecs[to]
         if self._stepwise(to) and parcel.step < codec.ctx.step and not codec.accepts_late:
             self.late += 1
+            self._tell(Happening("drop", to, sender, parcel.step, parcel.content, parcel.number))
             return
         if codec.ctx.role == "server":
             codec.ctx.step = parcel.step
+        self._tell(Happening("deliver", to, sender, parcel.step, parcel.content, parcel.number))
         message = Message(sender, parcel.step, wire_copy(parcel.content))
         await self._call(to, "receive", parcel.step, message)
 
@@ -338,8 +385,8 @@ class LocalCluster:
         timeout = asyncio.timeout(HOOK_LIMIT)
         try:
             async with timeout:
-                async for envelope in envelopes(getattr(codec, hook)(*args)):
-                    self._send(node, step, envelope)
+                send = functools.partial(self._send, node, step)
+                await pass_on(getattr(codec, hook)(*args), send)
         except (Exception, SystemExit) as error:
             late = f"has not returned within {HOOK_LIMIT:g} s"
             why = late if timeout.expired() else describe(error)
@@ -357,7 +404,9 @@ class LocalCluster:
         content = wire_copy(envelope.content, originals)
         for to in self.codecs[sender].ctx.resolve(envelope.to):
             self.sent.append(Sent(sender, to, step, content))
-            self._links.setdefault((sender, to), []).append(_Parcel(step, content, originals))
+            parcel = _Parcel(len(self.sent), step, content, originals)
+            self._links.setdefault((sender, to), []).append(parcel)
+            self._tell(Happening("send", sender, to, step, content, parcel.number))
 
     def _advance(self, worker: int) -> None:
         """Take the worker's result, if there is one, and let it enter the next step."""
@@ -370,6 +419,7 @@ class LocalCluster:
                     f"codec {type(codec).__name__} on node {worker} in step {codec.ctx.step}: "
                     f"set_result got shape {np.shape(result)}; expected {expected}"
                 )
+            self._tell(Happening("result", worker, None, codec.ctx.step, result))
         results = {**self.results[codec.ctx.step], worker: result}
         self.results[codec.ctx.step] = dict(sorted(results.items()))
         codec.ctx.step += 1

@@ -12,6 +12,7 @@ result the node is in the next step.
 from __future__ import annotations
 
 import asyncio
+import functools
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from aiosgd.codecs.base import Block, Codec, Envelope, Message, Vector, envelopes
+from aiosgd.codecs.base import Block, Codec, Envelope, Message, Vector, pass_on
 from aiosgd.errors import CodecError, PeerLostError
 from aiosgd.plugins.registry import describe
 
@@ -31,17 +32,37 @@ Consumed: TypeAlias = Callable[[int], None]
 EARLY_LIMIT = 100_000
 
 
-class _Rescue(NamedTuple):
+class Rescue(NamedTuple):
     """A request to rescue a step; `sent` becomes the number of envelopes that the codec sent."""
 
     step: int
     sent: asyncio.Future[int]
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """A message that came before its step; its sender has been told that it was taken."""
 
     message: Message
+
+
+Item: TypeAlias = Block | Message | Kept | Rescue
+
+
+class Mailbox(deque[Item]):
+    """What waits for an actor: `popleft` gives what it handles next, if there is anything."""
+
+    _wake: asyncio.Future[None] | None = None
+
+    def rouse(self) -> None:
+        """Have the actor look whether there is something."""
+        wake, self._wake = self._wake, None
+        if wake is not None and not wake.done():
+            wake.set_result(None)
+
+    async def roused(self) -> None:
+        """Wait until there may be something; one actor waits."""
+        self._wake = asyncio.get_running_loop().create_future()
+        await self._wake
 
 
 class Actor:
@@ -54,6 +75,7 @@ class Actor:
         consumed: told the sender of each message once the codec is through with it, or once it is
             kept for a later step: a sender that is ahead must not be held up by what waits here,
             for this node may still need something else from it.
+        mailbox: an empty one, where its order is of interest to others.
 
     Attributes:
         late: messages of past steps that were not handed over (sync).
@@ -61,7 +83,14 @@ class Actor:
             were combined); None without one.
     """
 
-    def __init__(self, codec: Codec, size: int, send: Send, consumed: Consumed) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        size: int,
+        send: Send,
+        consumed: Consumed,
+        mailbox: Mailbox | None = None,
+    ) -> None:
         self.codec = codec
         self.ctx = codec.ctx
         self.late = 0
@@ -70,10 +99,9 @@ class Actor:
         self._send = send
         self._consumed = consumed
         self._stepwise = self.ctx.mode == "sync" and self.ctx.role == "worker"
-        self._mailbox: deque[Block | Message | _Kept | _Rescue] = deque()
+        self._mailbox = Mailbox() if mailbox is None else mailbox
         self._early: defaultdict[int, list[Message]] = defaultdict(list)
         self._results: deque[Vector] = deque()
-        self._wake: asyncio.Future[None] | None = None
         self._watchers: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._posted = self._handled = 0
         self._hook = ""
@@ -105,7 +133,7 @@ class Actor:
         """Put a block or a message into the mailbox."""
         self._mailbox.append(item)
         self._posted += 1
-        self._rouse()
+        self._mailbox.rouse()
 
     async def settled(self) -> None:
         """Wait until all that is in the mailbox now was handled and its envelopes sent (async)."""
@@ -141,15 +169,10 @@ class Actor:
             in: then it stays open as long as that hook does.
         """
         sent: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._mailbox.appendleft(_Rescue(step, sent))
+        self._mailbox.appendleft(Rescue(step, sent))
         self._posted += 1
-        self._rouse()
+        self._mailbox.rouse()
         return sent
-
-    def _rouse(self) -> None:
-        wake, self._wake = self._wake, None
-        if wake is not None and not wake.done():
-            wake.set_result(None)
 
     @property
     def call(self) -> int | None:
@@ -193,14 +216,13 @@ class Actor:
                 self._handled += 1
                 if self._watchers:
                     self._notify()
-            self._wake = asyncio.get_running_loop().create_future()
-            await self._wake
+            await self._mailbox.roused()
 
-    async def _handle(self, item: Block | Message | _Kept | _Rescue) -> None:
+    async def _handle(self, item: Item) -> None:
         if isinstance(item, Message):
             await self._message(item)
             self._consumed(item.sender)
-        elif isinstance(item, _Kept):
+        elif isinstance(item, Kept):
             await self._message(item.message)
         elif isinstance(item, Block):
             if not self.finished(item.step):
@@ -208,7 +230,7 @@ class Actor:
         else:
             await self._save(item)
 
-    async def _save(self, rescue: _Rescue) -> None:
+    async def _save(self, rescue: Rescue) -> None:
         """Call `rescue`, unless nobody waits for it or the step's result came meanwhile."""
         if rescue.sent.done():
             return
@@ -244,12 +266,10 @@ class Actor:
         self._hook = hook
         self._calls += 1
         was_done = self.codec.is_done
-        sent = 0
         try:
             method = getattr(self.codec, hook)
-            async for envelope in envelopes(method() if argument is None else method(argument)):
-                self._deliver(envelope, step)
-                sent += 1
+            send = functools.partial(self._deliver, step)
+            sent = await pass_on(method() if argument is None else method(argument), send)
             if self.codec.is_done and (self._stepwise or not was_done):
                 self._done(step)
         except BaseException as error:
@@ -260,7 +280,7 @@ class Actor:
             self._hook = ""
         return sent
 
-    def _deliver(self, envelope: Envelope, step: int) -> None:
+    def _deliver(self, step: int, envelope: Envelope) -> None:
         self._send(self.ctx.resolve(envelope.to), step, envelope.content)
 
     def _done(self, step: int) -> None:
@@ -274,7 +294,7 @@ class Actor:
         self._senders.clear()
         self.ctx.step += 1
         for message in reversed(self._early.pop(self.ctx.step, ())):
-            self._mailbox.appendleft(_Kept(message))
+            self._mailbox.appendleft(Kept(message))
 
     def _take(self) -> Vector:
         value = np.asarray(self.codec.take_result(), dtype=np.float32)

@@ -90,6 +90,7 @@ class JobConfig:
         granularity: one codec per `model`, per `tensor` or per bucket of so many bytes.
         step_timeout: how long a step may take before its codec is asked for a rescue.
         target_accuracy: the job ends when it is reached.
+        record: whether nodes keep the order in which things reach their codecs, for a replay.
         output: the folder that the run's folder is made in.
     """
 
@@ -115,6 +116,7 @@ class JobConfig:
     seed: int = 0
     step_timeout: float = 10.0
     target_accuracy: float | None = None
+    record: bool = False
     title: str = ""
     output: str = "runs"
     trackers: tuple[str, ...] = ("csv",)

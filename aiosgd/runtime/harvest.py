@@ -19,7 +19,7 @@ from aiosgd.plugins.kinds import TRACKERS
 from aiosgd.plugins.registry import check_value, error_text, make_dataclass, make_params
 from aiosgd.runtime import results
 from aiosgd.runtime.job import node_name
-from aiosgd.runtime.results import EVAL, TRAIN, Rows, Summary
+from aiosgd.runtime.results import EVAL, RECORD, TRAIN, Rows, Summary
 from aiosgd.runtime.workload import Workload
 
 
@@ -48,6 +48,7 @@ class Collected:
     log: bytes
     weights: Vector | None
     figures: Figures | None
+    record: Rows | None
 
 
 @dataclass
@@ -117,7 +118,7 @@ class Harvest:
             RemoteProtocolError, ConfigError: something is missing, of another type or shape.
         """
         if whole:
-            _check_complete(node, content)
+            _check_complete(node, content, recorded=self._load.job.record)
         new, old = _unpack(node, content, self._load.model.size), self.collected.get(node)
         if not whole and old is not None:
             new = dataclasses.replace(old, log=new.log)
@@ -147,6 +148,9 @@ class Harvest:
                 with self._collecting_errors(f"the log of {node_name(node)}"):
                     log = part.log.decode(errors="replace")
                     results.write_node_log(self._folder, node, log)
+                with self._collecting_errors(f"the record of {node_name(node)}"):
+                    if part.record is not None:
+                        results.write_record(self._folder / "nodes" / str(node), part.record)
         finally:
             summary = self._summarise(job_id, end, train, evaluations)
             with self._collecting_errors("the summary"):
@@ -223,9 +227,11 @@ class Harvest:
 # What nodes send, checked -----------------------------------------------------------------------
 
 
-def _check_complete(node: int, content: Mapping[str, Any]) -> None:
+def _check_complete(node: int, content: Mapping[str, Any], *, recorded: bool) -> None:
     """Refuse a collection that lacks something; the weights come from worker 0 alone."""
-    names = ("train", "evaluations", "figures", *(["weights"] if node == 0 else []))
+    names = ["train", "evaluations", "figures"]
+    names += ["weights"] if node == 0 else []
+    names += ["record"] if recorded else []
     for name in names:
         if content.get(name) is None:
             raise RemoteProtocolError(f"{name} is missing")
@@ -248,6 +254,7 @@ def _unpack(node: int, content: Mapping[str, Any], size: int) -> Collected:
         _array(content.get("log"), "log", np.uint8).tobytes(),
         _weights(content.get("weights"), size),
         _figures(content.get("figures")),
+        _record(content.get("record")),
     )
 
 
@@ -256,6 +263,10 @@ def _rows(dtype: np.dtype[Any], columns: Any, node: int) -> Rows:
     if not (rows.array().node == node).all():
         raise RemoteProtocolError(f"column node names other nodes; expected {node} alone")
     return rows
+
+
+def _record(columns: Any) -> Rows | None:
+    return None if columns is None else Rows.from_columns(RECORD, columns)
 
 
 def _weights(value: Any, size: int) -> Vector | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,7 +54,8 @@ class Sampler:
 
     def __init__(self, workload: Workload) -> None:
         self._load = workload
-        self._order = functools.lru_cache(maxsize=4)(self._permutation)
+        orders = 4 * len(workload.shares or [0])
+        self._order = functools.lru_cache(maxsize=orders)(self._permutation)
 
     def indices(self, step: int, block: int) -> Indices:
         """Return the sample indices of a block."""
@@ -69,10 +71,11 @@ class Sampler:
     def _places(self) -> list[tuple[int, int, int]]:
         """For each block its worker, its place among that worker's blocks, and their number."""
         firsts = [owners[0] for owners in self._load.owners]
-        return [
-            (worker, firsts[:block].count(worker), firsts.count(worker))
-            for block, worker in enumerate(firsts)
-        ]
+        counts, before, places = Counter(firsts), Counter[int](), []
+        for worker in firsts:
+            places.append((worker, before[worker], counts[worker]))
+            before[worker] += 1
+        return places
 
     def _own(self, worker: int, start: int, count: int) -> Indices:
         available = len(self._share(worker))
@@ -101,6 +104,7 @@ class Learner:
         workload: the job's plugins.
         weights: the initial weights, float32; copied.
         memory: where each block's vectors come from, a function of their size in bytes.
+        sampler: one that several workers share, where they are in one process.
     """
 
     def __init__(
@@ -108,10 +112,11 @@ class Learner:
         workload: Workload,
         weights: Vector,
         memory: Callable[[int], Bytes] = allocate,
+        sampler: Sampler | None = None,
     ) -> None:
         self.weights = np.array(weights, dtype=np.float32)
         self._memory = memory
-        self.sampler = Sampler(workload)
+        self.sampler = sampler or Sampler(workload)
         self._load = workload
         self._optimizer = workload.make_optimizer()
         # updates and weights are made locally: then each block has an optimizer of its own, so

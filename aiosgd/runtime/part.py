@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import node_name
 from aiosgd.runtime.mesh import Mesh
 from aiosgd.runtime.pool import Pool
+from aiosgd.runtime.record import Recorder
 from aiosgd.runtime.security import OPEN, Security
 from aiosgd.runtime.session import Evaluation, Place, Progress, Session
 from aiosgd.runtime.workload import Workload, file_codecs, group_size
@@ -50,6 +52,7 @@ class Settings:
     Attributes:
         security: what all its links are protected with.
         unix: whether links within this machine may go over unix sockets.
+        clock: the time in seconds, as `Place` takes it.
     """
 
     host: str = "127.0.0.1"
@@ -59,6 +62,7 @@ class Settings:
     allow_code: bool = False
     security: Security = OPEN
     unix: bool = True
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass
@@ -88,6 +92,7 @@ class Part:
     _run: asyncio.Task[None] | None = None
     _joined: asyncio.Event = field(default_factory=asyncio.Event)
     _blas: Any = None
+    _recorder: Recorder | None = None
     _over: bool = False
     _kept: bool = False
 
@@ -122,7 +127,8 @@ class Part:
             paths=paths or None,
             sources=sources,
         )
-        self._limit_blas()
+        threads = self._limit_blas()
+        self._recorder = Recorder(threads) if self.job.record else None
         slow = self.job.compute.slow.get(str(self.node), 1.0)
         self._executor = Executor(self.job.compute.policy, slow, self._log.info)
         memory = Pool().take
@@ -142,7 +148,9 @@ class Part:
             executor=self._executor,
             report=self.tell,
             log=self._log.info,
+            clock=self.settings.clock,
             memory=memory,
+            journal=self._recorder,
         )
         self.session = Session(place, load, np.array(self.request["initial"], np.float32))
         self._log.info("prepared as %s of job %s", node_name(self.node), self.job_id)
@@ -216,12 +224,12 @@ class Part:
         session, mesh = self.session, self.mesh
         if session is None or mesh is None:
             return {"log": np.frombuffer(self.log_bytes(), np.uint8)}
-        held = session.weights
         return {
             "train": session.train.columns(),
             "evaluations": session.evaluations.columns(),
             "log": np.frombuffer(self.log_bytes(), np.uint8),
-            "weights": held if weights else None,
+            "weights": session.weights if weights else None,  # a server has none before the start
+            "record": self._recorder.rows.columns() if self._recorder else None,
             "figures": {
                 "samples": session.samples,
                 "train_s": session.train_s,
@@ -333,12 +341,17 @@ class Part:
         self._log.error(reason)
         self.failed(reason)
 
-    def _limit_blas(self) -> None:
-        """Share the host's cores among its nodes: BLAS threads that compete slow all down."""
+    def _limit_blas(self) -> int:
+        """Share the host's cores among its nodes: BLAS threads that compete slow all down.
+
+        Returns:
+            How many threads this node has.
+        """
         cores = len(os.sched_getaffinity(0))
         threads = self.job.compute.threads or max(1, cores // int(self.request["nodes_on_host"]))
         self._blas = threadpoolctl.threadpool_limits(threads, user_api="blas")
         self._log.info("%d BLAS threads", threads)
+        return threads
 
     def _keep(self, session: Session) -> None:
         """Write this node's own copy, in case the submitter is gone; once."""
@@ -355,6 +368,8 @@ class Part:
         table = tracker(make_params(tracker, {}, "tracker"), self.folder)
         table.write("train", session.train.array())
         table.write("eval", session.evaluations.array())
+        if self._recorder is not None:
+            results.write_record(self.folder, self._recorder.rows)
         if session.weights is not None:
             results.write_model(self.folder, session.weights, session.shapes)
 

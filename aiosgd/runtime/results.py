@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -18,6 +19,8 @@ import re
 import secrets
 import struct
 import tomllib
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -130,20 +133,24 @@ EVAL = np.dtype(
 )
 """One row per node and epoch."""
 
+RECORD = np.dtype([("kind", "|u1"), ("group", "<u4"), ("number", "<i8"), ("step", "<i4")])
+"""One row per thing that reached a node's codecs, in their order; see `runtime.record.Kind`."""
+
 _TABLES = {"train": TRAIN, "eval": EVAL}
+_FORMATS = {"<i8": "q", "<f8": "d", "<i4": "i", "<u4": "I", "|u1": "B"}
 
 
 class Rows:
     """A table that grows by rows; each costs its bytes and well under a microsecond.
 
     Args:
-        dtype: the columns: `TRAIN`, `EVAL`, or any of 64-bit integers and floats.
+        dtype: the columns: `TRAIN`, `EVAL`, `RECORD`, or any others of their types.
     """
 
     def __init__(self, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
         kinds = [dtype[name].str for name in _names(dtype)]
-        self._row = struct.Struct("<" + "".join({"<i8": "q", "<f8": "d"}[kind] for kind in kinds))
+        self._row = struct.Struct("<" + "".join(_FORMATS[kind] for kind in kinds))
         # a bytearray grows by a share of its size, so that n appends cost O(n)
         self._bytes = bytearray()
 
@@ -244,6 +251,27 @@ def _cell(text: str, whole: bool, place: str) -> float:
         pass
     expected = "a whole number" if whole else "a number"
     raise ConfigError(f"{place} is {text!r}; expected {expected}")
+
+
+def write_record(folder: Path, rows: Rows) -> Path:
+    """Write `record.npz` of a node: the columns of `RECORD`, compressed."""
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **rows.columns())
+    return _write(folder / "record.npz", file.getvalue())
+
+
+def read_record(folder: Path) -> np.recarray[Any, Any]:
+    """Read `record.npz` of a node.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    path = folder / "record.npz"
+    try:
+        with np.load(io.BytesIO(_read(path)), allow_pickle=False) as file:
+            return Rows.from_columns(RECORD, dict(file)).array()
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, RemoteProtocolError) as error:
+        raise ConfigError(f"{path} is no record of a run: {describe(error)}") from error
 
 
 # Summary -----------------------------------------------------------------------------------
@@ -352,15 +380,24 @@ def write_job(folder: Path, job: JobConfig, extra: Mapping[str, Any]) -> Path:
         extra: goes into [run] after the seed and the versions of aiosgd, Python and numpy:
             `job_id`, `plugins` (name -> version), `workers`, `servers`, ….
     """
-    run = {
-        "seed": job.seed,
+    run = {"seed": job.seed, **versions(), **extra}
+    text = tomli_w.dumps({"job": to_dict(job), "run": _toml_value(run)})
+    return _write(folder / "job.toml", text.encode())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run's numbers depend on."""
+    return {
         "aiosgd": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
-        **extra,
     }
-    text = tomli_w.dumps({"job": to_dict(job), "run": _toml_value(run)})
-    return _write(folder / "job.toml", text.encode())
+
+
+def read_versions(folder: Path) -> dict[str, str]:
+    """Read the versions that a run was made with; what `job.toml` does not have is absent."""
+    run = _read_toml(folder / "job.toml").get("run", {})
+    return {name: str(run[name]) for name in versions() if name in run}
 
 
 def _toml_value(value: Any) -> Any:
@@ -379,11 +416,14 @@ def read_job(folder: Path) -> JobConfig:
         ConfigError: the file is missing, no TOML, or has an unknown or wrong option.
     """
     path = folder / "job.toml"
+    return from_dict(_read_toml(path).get("job", {}), f"{path}: job")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(_read(path).decode())
+        return tomllib.loads(_read(path).decode())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no TOML: {describe(error)}") from error
-    return from_dict(values.get("job", {}), f"{path}: job")
 
 
 # Parameters --------------------------------------------------------------------------------

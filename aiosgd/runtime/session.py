@@ -19,7 +19,8 @@ from aiosgd.codecs.base import Block, Message, Vector
 from aiosgd.errors import JobFailedError, RemoteProtocolError
 from aiosgd.runtime.actor import Actor
 from aiosgd.runtime.frame import Bytes, allocate
-from aiosgd.runtime.learner import Computed, Learner
+from aiosgd.runtime.learner import Computed, Learner, Sampler
+from aiosgd.runtime.record import Journal, Kind
 from aiosgd.runtime.results import EVAL, TRAIN, Rows
 from aiosgd.runtime.workload import Workload, group_size
 
@@ -107,6 +108,7 @@ class Place:
         log: writes a line to the node's log of this job.
         clock: the time in seconds, finely; uvloop's own clock counts whole milliseconds.
         memory: where large vectors come from, a function of their size in bytes.
+        journal: writes, or dictates, the order in which things reach the codecs.
     """
 
     node: int
@@ -118,6 +120,7 @@ class Place:
     log: Callable[[str], None]
     clock: Callable[[], float] = time.perf_counter
     memory: Callable[[int], Bytes] = allocate
+    journal: Journal | None = None
 
 
 class Session:
@@ -126,7 +129,8 @@ class Session:
     Args:
         place: where it runs.
         workload: the job's plugins.
-        weights: the initial weights.
+        weights: the initial weights; must not change while the session lives.
+        sampler: as `Learner` takes it.
 
     Attributes:
         train, evaluations: the rows that the run leaves behind.
@@ -134,7 +138,9 @@ class Session:
         train_s: how long training took.
     """
 
-    def __init__(self, place: Place, workload: Workload, weights: Vector) -> None:
+    def __init__(
+        self, place: Place, workload: Workload, weights: Vector, sampler: Sampler | None = None
+    ) -> None:
         self.place = place
         self.train = Rows(TRAIN)
         self.evaluations = Rows(EVAL)
@@ -142,7 +148,7 @@ class Session:
         self.train_s = 0.0
         self._load = workload
         learns = place.node >= 0
-        self._learner = Learner(workload, weights, place.memory) if learns else None
+        self._learner = Learner(workload, weights, place.memory, sampler) if learns else None
         self._sizes = [group_size(group) for group in workload.groups]
         self._offsets = np.cumsum([0, *self._sizes])
         self._actors = [self._make_actor(group, weights) for group in range(len(self._sizes))]
@@ -156,14 +162,15 @@ class Session:
         self._stopped = False
 
     def _make_actor(self, group: int, weights: Vector) -> Actor:
-        place = self.place
+        place, journal = self.place, self.place.journal
+        assist = place.executor.assist
         codec = self._load.make_codec(
             place.node,
             group,
             place.workers,
             place.servers,
-            weights[self._slice(group)].copy(),
-            executor=place.executor.assist,
+            _read_only(weights[self._slice(group)]),
+            executor=journal.runner(group, assist) if journal else assist,
             logger=place.log,
             memory=place.memory,
         )
@@ -172,7 +179,8 @@ class Session:
             if to:
                 place.transport.send(to, [group, step, content], group & 0xFFFF)
 
-        return Actor(codec, self._sizes[group], send, place.transport.consumed)
+        mailbox = journal.mailbox(group) if journal else None
+        return Actor(codec, self._sizes[group], send, place.transport.consumed, mailbox)
 
     def _slice(self, group: int) -> slice:
         return slice(self._offsets[group], self._offsets[group + 1])
@@ -291,6 +299,7 @@ class Session:
         if learner is None:
             return
         step = max(0, len(self.train) - 1)
+        await self._reach(Kind.CONCLUDE, step)
         if (result := self._leftover(learner)) is not None:
             learner.hold(result, step)
             await self.place.executor.assist(learner.settle)
@@ -319,6 +328,11 @@ class Session:
                 if call is not None and actor.call == call:
                     raise actor.stuck(limit)
 
+    async def _reach(self, kind: Kind, step: int) -> None:
+        """Let the journal know that this task is about to look at the actors, or to change them."""
+        if self.place.journal is not None:
+            await self.place.journal.reach(kind, step, self.place.transport.bytes_received)
+
     # training
 
     async def _train(self, learner: Learner) -> None:
@@ -344,6 +358,7 @@ class Session:
         handed over, and the next step's are computed while this step is exchanged.
         """
         if self._load.job.mode == "async":
+            await self._reach(Kind.LOOK, step)
             for actor in self._actors:
                 actor.ctx.step = step
         ready, self._ahead = self._ahead, []
@@ -358,7 +373,7 @@ class Session:
     async def _compute(self, learner: Learner, step: int, *, hand_over: bool) -> list[Computed]:
         computed = []
         for block in self._actors[0].ctx.blocks:
-            if learner.may_skip and all(actor.finished(step) for actor in self._actors):
+            if learner.may_skip and await self._is_finished(step):
                 break  # with redundancy, others may have done our share
             one = await self.place.executor.compute(learner.advance, step, block)
             computed.append(one)
@@ -366,14 +381,24 @@ class Session:
                 self._post(one, step)
         return computed
 
+    async def _is_finished(self, step: int) -> bool:
+        """Tell whether a step has its result before its blocks were computed (sync)."""
+        if self._load.job.mode == "async":
+            return False
+        await self._reach(Kind.LOOK, step)
+        return not self._unfinished(step)
+
     async def _outcome(self, step: int) -> Vector | None:
         """Return the step's result (sync) or the newest, if there is one (async)."""
         if self._load.job.mode == "sync":
             await self._completed(step)
+            await self._reach(Kind.TAKE, step)
             return _join([actor.result() for actor in self._actors])
-        for actor in self._actors:
-            await actor.settled()
-        await self.place.transport.room(WINDOW)
+        if not (self.place.journal and self.place.journal.dictates):
+            for actor in self._actors:
+                await actor.settled()
+            await self.place.transport.room(WINDOW)
+        await self._reach(Kind.TAKE, step)
         return self._newest()
 
     async def _hold(self, learner: Learner, result: Vector, step: int) -> None:
@@ -523,6 +548,13 @@ class _Mark:
     traffic: int = 0
     sent: int = 0
     received: int = 0
+
+
+def _read_only(array: Vector) -> Vector:
+    """Return a view that nobody can change by accident."""
+    view = array.view()
+    view.setflags(write=False)
+    return view
 
 
 def _join(parts: list[Vector]) -> Vector:

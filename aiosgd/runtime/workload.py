@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -74,6 +76,15 @@ class Workload:
         """Number of blocks in a global batch."""
         return len(self.owners)
 
+    @functools.cached_property
+    def _blocks_by_node(self) -> dict[int, tuple[int, ...]]:
+        """The blocks that each worker computes, ascending."""
+        blocks: defaultdict[int, list[int]] = defaultdict(list)
+        for block, owners in enumerate(self.owners):
+            for worker in owners:
+                blocks[worker].append(block)
+        return {worker: tuple(own) for worker, own in blocks.items()}
+
     def initial(self) -> Vector:
         """Return the weights that every node starts with."""
         return self.model.initial(np.random.default_rng([self.job.seed, 0]))
@@ -113,6 +124,7 @@ class Workload:
             servers=tuple(servers),
             server=servers[group % len(servers)] if servers else None,
             block_owners=self.owners,
+            blocks_by_node=self._blocks_by_node,
             mode=self.job.mode,
             exchange=self.exchange,
             steps=self.steps,

@@ -12,9 +12,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import selectors
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ from aiosgd.runtime.config import JobConfig
 from aiosgd.runtime.frame import encode
 from aiosgd.runtime.job import Job, Phase, Report, Reported
 from aiosgd.runtime.session import Evaluation, Place, Progress, Session
+from aiosgd.runtime.simulation.loop import run_virtually
 from aiosgd.runtime.workload import Workload
 
 T = TypeVar("T")
@@ -43,39 +43,6 @@ SMALL: Mapping[str, Any] = {
     "learning_rate": 0.1,
 }
 """A job small enough to run in milliseconds, yet with two layers."""
-
-
-class DeadlockError(Exception):
-    """Nothing is ready, no timer runs: everybody waits for ever."""
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose time passes only when nothing is ready, and then at once."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        super().__init__(_Leap(self))
-
-    def time(self) -> float:
-        return self.now
-
-
-class _Leap(selectors.SelectSelector):
-    def __init__(self, loop: VirtualLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is None:
-            raise DeadlockError
-        self._loop.now += timeout
-        return super().select(0)
-
-
-def run_virtually(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in virtual time."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(main)
 
 
 # The network ----------------------------------------------------------------------------------

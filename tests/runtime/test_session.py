@@ -11,12 +11,8 @@ from aiosgd.errors import CodecError, JobFailedError, RemoteProtocolError
 from aiosgd.runtime import session as session_module
 from aiosgd.runtime.learner import Sampler
 from aiosgd.runtime.session import WINDOW, Evaluation, Progress
-from tests.runtime.memory_transport import (
-    DeadlockError,
-    load_small,
-    run_sessions,
-    run_virtually,
-)
+from aiosgd.runtime.simulation.loop import DeadlockError, run_virtually
+from tests.runtime.memory_transport import load_small, run_sessions
 
 MOMENTUM = {"optimizer_params": {"momentum": 0.9}, "learning_rate": 0.02}
 
@@ -816,14 +812,6 @@ def test_what_is_no_codec_message_is_refused(content):
 
 
 # the kit itself -------------------------------------------------------------------------------
-
-
-def test_a_deadlock_is_found_at_once():
-    async def wait_for_ever():
-        await asyncio.get_running_loop().create_future()
-
-    with pytest.raises(DeadlockError):
-        run_virtually(wait_for_ever())
 
 
 def test_the_kit_notices_an_array_that_was_changed_after_sending():

@@ -23,9 +23,10 @@ T = TypeVar("T")
 SECOND = 1_000_000_000
 """Nanoseconds: the clock counts them in an integer, for a float one stops short of tiny sleeps."""
 REFUSED = (
-    "connect_read_pipe connect_write_pipe create_datagram_endpoint create_unix_connection "
-    "create_unix_server add_reader add_writer sock_accept sock_connect sock_recv sock_recv_into "
-    "sock_sendall sock_sendfile start_tls subprocess_exec subprocess_shell getaddrinfo getnameinfo"
+    "connect_read_pipe connect_write_pipe create_connection create_datagram_endpoint create_server "
+    "create_unix_connection create_unix_server add_reader add_writer sock_accept sock_connect "
+    "sock_recv sock_recv_into sock_sendall sock_sendfile start_tls subprocess_exec "
+    "subprocess_shell getaddrinfo getnameinfo"
 )
 """What an event loop does with the real world."""
 

@@ -1,19 +1,19 @@
 """What lies between the nodes of a simulation: network cards, links, processors, and their faults.
 
-A message takes a processor's time at its sender, leaves through the sender's network card, which its
-links share evenly, is under way for the link's latency, comes in through the receiver's card, and
-takes a processor's time there. Loss is delay, as in TCP: what is lost is sent again, and a link keeps
-its order.
+A message leaves through its sender's network card, which the node's links share evenly, while the
+processor works on it; it is under way for the link's latency, comes in through the receiver's card,
+and takes a processor's time there. Processors and incoming cards take messages one after the other.
+Loss is delay, as in TCP: what is lost is sent again, and a link keeps its order.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from aiosgd.runtime.simulation.draws import draw, uniform
+from aiosgd.runtime.simulation.draws import uniform
 from aiosgd.runtime.simulation.loop import SECOND, VirtualLoop
 from aiosgd.runtime.simulation.trace import Trace, What
 
@@ -26,6 +26,11 @@ _DOUBLINGS = 6
 _FIRST = 1 << 19
 # how far a fluid share may be off in the float's last places, in nanoseconds
 _ROUNDING = 1e-3
+# bytes that a socket takes or gives at a time; of larger messages, one end works on the first while
+# the other still works on the rest
+_PIECE = 1 << 16
+# the thread that a node computes in is a lane of its own, beside its event loop
+_THREAD = 1 << 20
 
 Arrive = Callable[[], None]
 
@@ -70,6 +75,19 @@ class NetworkModel:
         block_s: seconds of a block instead, whatever its size.
         noise: how far a block's time varies: evenly by ± this share.
         nodes_bytes_per_s: node -> its own `bytes_per_s`.
+        codec_message_s, codec_byte_s: processor seconds of the receiver besides, for what its
+            codec makes of a message: it adds what has come, and the like. A worker's own blocks
+            are handed to its codec, too, and each of their bytes takes as long.
+        least_s: seconds of a block and of an evaluation besides, whatever their size.
+        weight_s: seconds of a block per parameter besides, whatever its samples: the optimizer.
+        step_s: seconds of a block that are no computing: a session's own work.
+        wake_s: processor seconds until a worker that has waited for others goes on.
+        hop_s: seconds to a thread and back, for blocks that are too long for the event loop, for
+            evaluations and for a codec's heavy work.
+        cores: that all nodes share, being on one machine; None: nobody waits for another's work.
+        slow: worker -> factor by which its computing is slower.
+        replayed_s: worker -> seconds of its blocks, one after the other and again from the
+            first; those of a real run. Nothing else counts for a worker that is in it.
     """
 
     name: str = "lan"
@@ -81,13 +99,23 @@ class NetworkModel:
     flops: float = 2e10
     block_s: float | None = None
     noise: float = 0.0
-    nodes_bytes_per_s: dict[int, float] = field(default_factory=dict)
+    nodes_bytes_per_s: Mapping[int, float] = field(default_factory=dict)
+    codec_message_s: float = 0.0
+    codec_byte_s: float = 0.0
+    least_s: float = 0.0
+    weight_s: float = 0.0
+    step_s: float = 0.0
+    wake_s: float = 0.0
+    hop_s: float = 0.0
+    cores: int | None = None
+    slow: Mapping[int, float] = field(default_factory=dict)
+    replayed_s: Mapping[int, Sequence[float]] = field(default_factory=dict, repr=False)
 
 
 class _Parcel:
     """A message on its way."""
 
-    __slots__ = ("arrive", "begun", "number", "sender", "size", "time", "to", "wave")
+    __slots__ = ("arrive", "begun", "number", "ready", "sender", "size", "time", "to", "wave")
 
     def __init__(
         self, sender: int, to: int, number: int, size: int, wave: tuple[int, int], arrive: Arrive
@@ -97,16 +125,49 @@ class _Parcel:
         self.arrive = arrive
         self.time = 0  # nanoseconds that it takes through the sender's card alone
         self.begun = 0  # when its first byte left
+        self.ready = 0  # when the sender's processor is done with it
 
 
 @dataclass(slots=True)
 class _Link:
-    """One direction between two nodes: messages so far, when the last one arrives, what is cut."""
+    """One direction between two nodes: how many messages so far, and what was told of the last one.
+
+    Attributes:
+        first, last: when its first and its last byte arrive.
+        delivered: when its receiver has it.
+    """
 
     path: Path
     count: int = 0
+    first: int = 0
     last: int = 0
+    delivered: int = 0
     held: list[_Parcel] | None = None  # not None: cut, and what waits for its healing
+
+
+class _Processors:
+    """The nodes' event loops and threads: each does one thing after the other.
+
+    Args:
+        cores: that all of them share; None is enough for all.
+    """
+
+    def __init__(self, cores: int | None) -> None:
+        self._cores = cores
+        self._free: dict[int, int] = {}  # lane -> when it is done with what it has
+
+    def take(self, lane: int, earliest: int, cost: int) -> tuple[int, int]:
+        """Do work of `cost` nanoseconds; return when it begins and ends.
+
+        Where more lanes are busy than there are cores, the last one to begin takes as much longer:
+        then equal work that begins together ends when it would if all had their even share.
+        """
+        start = max(earliest, self._free.get(lane, 0))
+        if self._cores is not None:
+            others = sum(free > start for other, free in self._free.items() if other != lane)
+            cost = round(cost * max(1.0, (others + 1) / self._cores))
+        self._free[lane] = start + cost
+        return start, start + cost
 
 
 class _Card:
@@ -138,7 +199,7 @@ class _Card:
         if queue is not None:
             queue.append(parcel)
             return False
-        parcel.begun = now
+        parcel.begun = max(parcel.begun, now)
         self.queues[parcel.to] = deque((parcel,))
         heapq.heappush(self.heads, (self.given + parcel.time, parcel.to))
         return True
@@ -152,7 +213,7 @@ class _Card:
             queue = self.queues[to]
             out.append(queue.popleft())
             if queue:
-                queue[0].begun = now
+                queue[0].begun = max(queue[0].begun, now)
                 heapq.heappush(self.heads, (done + queue[0].time, to))
             else:
                 del self.queues[to]
@@ -188,10 +249,12 @@ class Network:
         self._links: dict[tuple[int, int], _Link] = {}
         self._cards: dict[int, _Card] = {}
         self._in_free: dict[int, int] = {}  # node -> when its card has taken all that came so far
-        self._cpu_free: dict[int, int] = {}  # node -> when its processor is done with messages
+        self._processors = _Processors(model.cores)
         self._crashes: dict[int, int] = {}  # node -> how often
         self._message_ns = round(model.message_s * SECOND)
         self._byte_ns = model.byte_s * SECOND
+        self._codec_message_ns = round(model.codec_message_s * SECOND)
+        self._codec_byte_ns = model.codec_byte_s * SECOND
         self._unlimited = model.bytes_per_s == float("inf") and not model.nodes_bytes_per_s
 
     def send(self, sender: int, to: int, size: int, arrive: Arrive) -> None:
@@ -204,11 +267,9 @@ class Network:
         self.trace.add(now, What.SEND, sender, to, number, size)
         parcel = _Parcel(sender, to, number, size, self._wave(sender, to), arrive)
         parcel.time = round(size * SECOND / self._speed(sender))
-        ready = self._work(sender, size)
-        if ready > now:
-            self._loop.call_at_ns(ready, _key(to, sender, number), self._leave, parcel)
-        else:
-            self._leave(parcel)
+        start, parcel.ready = self._processors.take(sender, now, self._cost(size))
+        parcel.begun = start + self._message_ns
+        self._leave(parcel)
 
     def _wave(self, sender: int, to: int) -> tuple[int, int]:
         return self._crashes.get(sender, 0), self._crashes.get(to, 0)
@@ -216,12 +277,14 @@ class Network:
     def _speed(self, node: int) -> float:
         return self.model.nodes_bytes_per_s.get(node, self.model.bytes_per_s)
 
-    def _work(self, node: int, size: int) -> int:
-        """Let a node's processor handle a message; return when it is done."""
-        cost = self._message_ns + round(size * self._byte_ns)
-        done = max(self._loop.time_ns(), self._cpu_free.get(node, 0)) + cost
-        self._cpu_free[node] = done
-        return done
+    def _cost(self, size: int) -> int:
+        """Return how long a processor at either end works on a message."""
+        return self._message_ns + round(size * self._byte_ns)
+
+    def occupy(self, node: int, cost: int, *, thread: bool) -> int:
+        """Let a node compute for `cost` nanoseconds, on its loop or beside it; return the end."""
+        lane = node + _THREAD if thread else node
+        return self._processors.take(lane, self._loop.time_ns(), cost)[1]
 
     def _link(self, sender: int, to: int) -> _Link:
         link = self._links.get((sender, to))
@@ -240,7 +303,6 @@ class Network:
 
     def _leave(self, parcel: _Parcel) -> None:
         if self._unlimited:
-            parcel.begun = self._loop.time_ns()
             self._travel(parcel)
             return
         card = self._cards.get(parcel.sender)
@@ -273,16 +335,19 @@ class Network:
         if link.held is not None:
             link.held.append(parcel)
             return
-        self._arrive_at(parcel, link, now + self._delay(parcel, link.path), now - parcel.begun)
+        left = max(now, parcel.ready)
+        last = left + self._delay(parcel, link.path)
+        self._arrive_at(parcel, link, last, left - parcel.begun)
 
     def _arrive_at(self, parcel: _Parcel, link: _Link, last: int, spread: int) -> None:
         """Let the last byte arrive at `last`, the first `spread` nanoseconds before."""
         if last <= link.last:
             last = link.last + 1  # a link keeps its order
         link.last = last
-        first = max(self._loop.time_ns(), last - spread)
+        first = link.first = max(last - spread, link.first)  # it may lie in the past
         key = _key(parcel.to, parcel.sender, parcel.number)
-        self._loop.call_at_ns(first, key, self._come_in, parcel, key, last, first)
+        when = max(self._loop.time_ns(), first)
+        self._loop.call_at_ns(when, key, self._come_in, parcel, key, last, first)
 
     def _delay(self, parcel: _Parcel, path: Path) -> int:
         delay = round(path.latency_s * SECOND)
@@ -297,21 +362,22 @@ class Network:
         return delay
 
     def _come_in(self, parcel: _Parcel, key: int, last: int, first: int) -> None:
-        """The first byte is at the receiver's card, which takes what comes in turn."""
+        """The first byte is there: the card takes what comes in turn, then the processor does."""
         if not self._unlimited:
             takes = round(parcel.size * SECOND / self._speed(parcel.to))
             done = max(self._in_free.get(parcel.to, 0), first) + takes
             self._in_free[parcel.to] = done
             last = max(last, done)
-        self._loop.call_at_ns(last, key, self._handle, parcel, key)
+        self._loop.call_at_ns(self._done(parcel, first, last), key, self._deliver, parcel)
 
-    def _handle(self, parcel: _Parcel, key: int) -> None:
-        """All of it is there: the receiver's processor takes it."""
-        done = self._work(parcel.to, parcel.size)
-        if done > self._loop.time_ns():
-            self._loop.call_at_ns(done, key, self._deliver, parcel)
-        else:
-            self._deliver(parcel)
+    def _done(self, parcel: _Parcel, first: int, last: int) -> int:
+        """Let the receiver's processor work on a message as it comes; return when it is done."""
+        size, link = parcel.size, self._links[parcel.sender, parcel.to]
+        codec = self._codec_message_ns + round(size * self._codec_byte_ns)
+        worked = self._processors.take(parcel.to, first, self._cost(size) + codec)[1]
+        done = max(worked, last + self._cost(min(size, _PIECE)) + codec, link.delivered + 1)
+        link.delivered = done
+        return done
 
     def _deliver(self, parcel: _Parcel) -> None:
         if self._is_gone(parcel):
@@ -360,7 +426,10 @@ class Network:
         """Drop all that is under way from or to a node; what is sent after this is of its next life."""
         self.trace.add(self._loop.time_ns(), What.CRASH, node, 0, 0, 0)
         self._crashes[node] = self._crashes.get(node, 0) + 1
-        self._cards.pop(node, None)
+        card = self._cards.pop(node, None)
+        for queue in card.queues.values() if card is not None else ():
+            for parcel in queue:
+                self._drop(parcel)
 
 
 def _key(to: int, sender: int, number: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import datetime as dt
 import gc
@@ -12,20 +13,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import threadpoolctl
 
-from aiosgd.errors import JobFailedError
+from aiosgd.errors import JobCancelledError, JobFailedError
 from aiosgd.runtime import results
 from aiosgd.runtime.config import JobConfig
 from aiosgd.runtime.harvest import End, Harvest, Outcome
+from aiosgd.runtime.job import Phase
 from aiosgd.runtime.session import Evaluation, Progress
+from aiosgd.runtime.simulation.guard import guard, modules_of, unguarded
 from aiosgd.runtime.simulation.loop import run_virtually
 from aiosgd.runtime.simulation.trace import Trace
 from aiosgd.runtime.simulation.world import Ending, Scenario, World
 from aiosgd.runtime.workload import Workload
+
+
+Cancel: TypeAlias = Callable[[], object]
+
+
+class Observer(Protocol):
+    """Watches a job; see `runtime.coordinator`."""
+
+    def entered(self, phase: Phase, job_id: str) -> None:
+        """The job entered a phase."""
+
+    def progressed(self, progress: Progress) -> None:
+        """A worker said how far it is."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """A worker evaluated its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +96,16 @@ class Played:
 
 
 def play(
-    simulation: Simulation, report: Callable[[Progress | Evaluation], None] = lambda _: None
+    simulation: Simulation,
+    report: Callable[[Progress | Evaluation], None] = lambda _: None,
+    begun: Callable[[Cancel], None] = lambda _: None,
 ) -> Played:
     """Simulate a job in memory; must be called where no event loop runs.
+
+    Args:
+        simulation: what to simulate.
+        report: told how far the workers are.
+        begun: told how to cancel it, from any thread.
 
     Raises:
         DeadlockError, LimitError: nothing can happen any more, or not within `seconds`.
@@ -88,12 +114,18 @@ def play(
     started = time.perf_counter()
 
     async def main() -> tuple[World, Ending]:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        unguarded(begun)(lambda: loop.call_soon_threadsafe(task.cancel))
         workers = tuple(range(simulation.workers))
         servers = tuple(range(-1, -1 - simulation.servers, -1))
-        world = World(simulation.load, workers, servers, simulation.scenario, trace, report)
+        scenario, observer = simulation.scenario, unguarded(report)
+        world = World(simulation.load, workers, servers, scenario, trace, observer)
         return world, await world.run()
 
-    with _undisturbed():
+    load = simulation.load
+    plugins = load.codec, load.server_codec, load.compressor, load.optimizer, type(load.model)
+    with _undisturbed(), guard(modules_of(*plugins)):
         world, ending = run_virtually(main(), seconds=simulation.seconds)
     return Played(world, ending, trace, time.perf_counter() - started)
 
@@ -115,34 +147,52 @@ def _undisturbed() -> Iterator[None]:
 
 
 def simulate(
-    simulation: Simulation,
-    report: Callable[[Progress | Evaluation], None] = lambda _: None,
-    started: Callable[[str], None] = lambda _: None,
+    simulation: Simulation, observer: Observer, begun: Callable[[Cancel], None] = lambda _: None
 ) -> Simulated:
     """Simulate a job and write its run folder; must be called where no event loop runs.
 
     Args:
         simulation: what to simulate.
-        report: told how far the workers are.
-        started: told the job's id.
+        observer: told how the job goes, from this thread.
+        begun: as `play`.
 
     Raises:
         ConfigError: the folder cannot be made.
         JobFailedError: the job failed.
+        JobCancelledError: it was cancelled.
     """
-    load, job = simulation.load, simulation.load.job
+
+    def report(news: Progress | Evaluation) -> None:
+        if isinstance(news, Progress):
+            observer.progressed(news)
+        else:
+            observer.evaluated(news)
+
+    job = simulation.load.job
     name = job.title or Path(job.codec.rpartition(":")[2]).name
     job_id = results.new_job_id(dt.datetime.now(), name, secrets.token_hex(2))
     folder = results.create_folder(Path(job.output), job_id)
     log, handler = results.open_log(folder / "submit.log")
     try:
         _write_job(folder, simulation, job_id)
-        started(job_id)
         log.info("simulated on %s", simulation.scenario.network)
-        played = play(simulation, report)
-        return _write(played, simulation, folder, job_id, log)
+        observer.entered(Phase.RUNNING, job_id)
+        played = play(simulation, report, begun)
+        outcome = _write(played, simulation, folder, job_id, log)
+        observer.entered(Phase(outcome.summary.state), job_id)
+        return _judged(outcome, played, folder)
     finally:
         handler.close()
+
+
+def _judged(outcome: Simulated, played: Played, folder: Path) -> Simulated:
+    summary, where = outcome.summary, f"logs in {folder}"
+    if summary.state == "cancelled":
+        raise JobCancelledError(f"job {summary.job_id} was cancelled; {where}")
+    if summary.state == "failed":
+        reason = f"job {summary.job_id} failed: {summary.error}; {where}"
+        raise JobFailedError(reason) from played.ending.cause
+    return outcome
 
 
 def _write_job(folder: Path, simulation: Simulation, job_id: str) -> None:
@@ -180,9 +230,10 @@ def _write(
     played: Played, simulation: Simulation, folder: Path, job_id: str, log: Any
 ) -> Simulated:
     world, error = played.world, played.ending.error
+    whole = played.ending.state == "done"
     harvest = Harvest(folder, simulation.load, dict.fromkeys(world.sessions, "virtual"), log)
     for node in world.sessions:
-        harvest.keep(node, _left(world, node), whole=not error)
+        harvest.keep(node, _left(world, node), whole=whole)
     simulated = {
         **facts(simulation),
         "real_s": played.real_s,
@@ -191,16 +242,12 @@ def _write(
         "trace_sha256": played.trace.digest,
     }
     end = End(
-        state="failed" if error else "done",
+        state=played.ending.state,
         error=error,
         wall_s=played.ending.time_s,
         simulated=simulated,
     )
-    outcome = harvest.write(job_id, end)
-    if reason := harvest.error(error):
-        where = f"logs in {folder}"
-        raise JobFailedError(f"job {job_id} failed: {reason}; {where}") from played.ending.cause
-    return Simulated(**vars(outcome), trace=played.trace)
+    return Simulated(**vars(harvest.write(job_id, end)), trace=played.trace)
 
 
 def _left(world: World, node: int) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from aiosgd.errors import AiosgdError, PeerLostError
 from aiosgd.plugins.registry import error_text
+from aiosgd.runtime.executor import INLINE_LIMIT
 from aiosgd.runtime.frame import encode
 from aiosgd.runtime.job import (
     Evaluated,
@@ -30,7 +32,7 @@ from aiosgd.runtime.job import (
     Verdict,
     node_name,
 )
-from aiosgd.runtime.learner import Computed
+from aiosgd.runtime.learner import Computed, Learner, Sampler
 from aiosgd.runtime.mesh import DEAD_AFTER, HEARTBEAT
 from aiosgd.runtime.session import Evaluation, Place, Progress, Session
 from aiosgd.runtime.simulation.draws import uniform
@@ -44,6 +46,8 @@ T = TypeVar("T")
 
 FLOPS_PER_WEIGHT = 6
 """Operations per parameter and sample: two forward and four backward."""
+PASSES = 3
+"""How many times longer a sample's gradient takes than its evaluation."""
 _NOISE = 3  # the purpose of a draw
 _LISTENERS = 4  # as Part's, a session's errors come one by one
 
@@ -70,11 +74,13 @@ class Ending:
     """How a simulated job ended.
 
     Attributes:
+        state: as in the summary.
         error: the first reason why it did not end well; empty if it did.
         cause: that reason as it was raised.
         time_s: virtual seconds that it took.
     """
 
+    state: Literal["done", "failed", "cancelled"]
     error: str
     cause: BaseException | None
     time_s: float
@@ -95,6 +101,8 @@ class VirtualTransport:
         self._network = world.network
         self._loop = world.loop
         self._is_async = world.load.job.mode == "async"
+        self.sleeps = False  # a worker that has handed its block over
+        self._awake = 0  # when it has woken up
         self._outstanding: Counter[int] = Counter()  # receiver -> messages it has not consumed
         self._lost: dict[int, str] = {}
         self._waiters: dict[asyncio.Future[None], int] = {}  # -> the window it waits for
@@ -117,9 +125,16 @@ class VirtualTransport:
         return size * sum(node != self.node for node in to)
 
     def take(self, sender: int, content: Any, size: int) -> None:
-        """Hand a message over that has arrived."""
+        """Hand a message over that has arrived; a worker that waits for one wakes up first."""
         self.bytes_received += size
-        self.deliver(sender, content)
+        wake_s, now = self._network.model.wake_s, self._loop.time_ns()
+        if self.sleeps and wake_s:
+            self._awake = self._network.occupy(self.node, round(wake_s * SECOND), thread=False)
+        self.sleeps = False
+        if self._awake > now:
+            self._loop.call_at_ns(self._awake, 0, self.deliver, sender, content)
+        else:
+            self.deliver(sender, content)
 
     def consumed(self, sender: int) -> None:
         """Note that a message was handled; in async mode its sender hears of it later."""
@@ -185,35 +200,66 @@ class VirtualCompute:
     Args:
         node: its id.
         world: where it is.
-        block_s: seconds of a block without noise.
     """
 
-    def __init__(self, node: int, world: World, block_s: float) -> None:
+    def __init__(self, node: int, world: World) -> None:
         self._node = node
         self._world = world
-        self._block_s = block_s
+        self._model = world.scenario.network
+        self._block_s, self._evaluation_s = world.costs(node)
+        self._replayed_s = self._model.replayed_s.get(node, ())
         self._count = 0
+        policy = world.load.job.compute.policy
+        is_short = policy == "auto" and self._typical_s() <= INLINE_LIMIT
+        self._in_thread = policy != "inline" and not is_short
+        self._more_s = self._model.step_s + self._model.codec_byte_s * 4 * world.load.model.size
+        if self._in_thread:
+            self._more_s += self._model.hop_s
+
+    def _typical_s(self) -> float:
+        return statistics.median(self._replayed_s) if self._replayed_s else self._block_s
 
     async def compute(self, function: Callable[..., T], *args: Any) -> T:
         """Run a training computation."""
-        world, noise = self._world, self._world.scenario.network.noise
-        seconds = self._block_s
-        if noise:
-            even = uniform(world.scenario.seed, self._node, self._count, _NOISE)
-            seconds *= 1 + noise * (2 * even - 1)
-        self._count += 1
-        cost = round(seconds * SECOND)
-        value = await world.loop.do_work(cost, function, *args)
+        world, seconds = self._world, self._next_s()
+        value = await self._work(seconds, function, *args)
         if isinstance(value, Computed):
+            cost = round(seconds * SECOND)
             world.trace.add(
                 world.loop.time_ns(), What.COMPUTE, self._node, self._count, value.block, cost
             )
             return dataclasses.replace(value, seconds=seconds)
         return value
 
+    def _next_s(self) -> float:
+        """Return how long the next block takes."""
+        count, noise, seed = self._count, self._model.noise, self._world.scenario.seed
+        self._count += 1
+        if self._replayed_s:
+            slow = self._world.scenario.slow.get(self._node, 1.0)
+            return slow * self._replayed_s[count % len(self._replayed_s)]
+        if noise:
+            return self._block_s * (1 + noise * (2 * uniform(seed, self._node, count, _NOISE) - 1))
+        return self._block_s
+
+    async def _work(self, seconds: float, function: Callable[..., T], *args: Any) -> T:
+        """Occupy the loop or the thread, and whatever else a block takes."""
+        world, loop = self._world, self._world.loop
+        cost = round((seconds + self._more_s) * SECOND)
+        done = world.network.occupy(self._node, cost, thread=self._in_thread)
+        value = await loop.do_work(done - loop.time_ns(), function, *args)
+        world.transports[self._node].sleeps = True
+        return value
+
     async def assist(self, function: Callable[..., T], *args: Any) -> T:
-        """Run heavy work of a codec, or an evaluation; it takes no time."""
-        return function(*args)
+        """Run heavy work of a codec, or an evaluation; of the former only the hop takes time."""
+        is_evaluation = getattr(function, "__func__", None) is Learner.evaluate
+        seconds = self._model.hop_s + (self._evaluation_s if is_evaluation else 0.0)
+        if not seconds:
+            return function(*args)
+        cost, loop = round(seconds * SECOND), self._world.loop
+        done = self._world.network.occupy(self._node, cost, thread=True)
+        return await loop.do_work(done - loop.time_ns(), function, *args)
 
 
 class World:
@@ -258,7 +304,7 @@ class World:
         self._orders: set[asyncio.Task[None]] = set()
         self._dead: set[int] = set()
         initial = load.initial()
-        initial.setflags(write=False)
+        self._sampler = Sampler(load)
         for node in (*workers, *servers):
             self._add(node, tuple(workers), tuple(servers), initial)
 
@@ -269,23 +315,26 @@ class World:
             workers=workers,
             servers=servers,
             transport=transport,
-            executor=VirtualCompute(node, self, self._block_s(node)),
+            executor=VirtualCompute(node, self),
             report=self._news,
             log=lambda text: self.log(node, text),
             clock=self.loop.time,
         )
-        session = self.sessions[node] = Session(place, self.load, w)
+        session = self.sessions[node] = Session(place, self.load, w, self._sampler)
         transport.deliver = session.deliver
 
-    def _block_s(self, node: int) -> float:
-        """Return how long a node takes for a block."""
-        model, job = self.scenario.network, self.load.job
-        seconds = model.block_s
-        if seconds is None:
-            work = FLOPS_PER_WEIGHT * self.load.model.size * job.batch_size
-            seconds = work / model.flops
-        slow = self.scenario.slow.get(node, 1.0) * job.compute.slow.get(str(node), 1.0)
-        return seconds * slow
+    def costs(self, node: int) -> tuple[float, float]:
+        """Return how many seconds a block and an evaluation take a node."""
+        model, load = self.scenario.network, self.load
+        size, batch = load.model.size, load.job.batch_size
+        sample_s = FLOPS_PER_WEIGHT * size / model.flops
+        block_s = model.least_s + sample_s * batch + model.weight_s * size
+        if model.block_s is not None:
+            sample_s, block_s = model.block_s / batch, model.block_s
+        evaluation_s = model.least_s + sample_s * len(load.data.test_y) / PASSES
+        slow = self.scenario.slow.get(node, 1.0) * load.job.compute.slow.get(str(node), 1.0)
+        slow *= model.slow.get(node, 1.0)
+        return slow * block_s, slow * evaluation_s
 
     def log(self, node: int, text: str) -> None:
         """Write a line to a node's log."""
@@ -298,8 +347,9 @@ class World:
     # the job
 
     async def run(self) -> Ending:
-        """Run the job to its end, whatever that is."""
+        """Run the job to its end, whatever that is; cancelling this cancels the job."""
         started = self.loop.time()
+        state: Literal["done", "failed", "cancelled"]
         for fault in self.scenario.faults:
             self.loop.call_later(fault.time_s, self._befall, fault)
         for node, session in self.sessions.items():
@@ -308,9 +358,11 @@ class World:
                 self._order(node, Order.START)
         try:
             await self._over.wait()
-        finally:
-            await self._end()
-        return Ending(self._machine.error, self._cause, self.loop.time() - started)
+            state = "failed" if self._machine.error else "done"
+        except asyncio.CancelledError:
+            state, self._machine.error = "cancelled", "cancelled by the submitter"
+        await self._end()
+        return Ending(state, self._machine.error, self._cause, self.loop.time() - started)
 
     async def _live(self, node: int, session: Session) -> None:
         def failed(error: Exception) -> None:
@@ -413,9 +465,7 @@ class World:
         self.network.crash(node)
         self._runs[node].cancel()
         if silent:
-            self.loop.call_later(
-                self._notice_s(), self._lost, node, f"silent for {DEAD_AFTER:g} s"
-            )
+            self.loop.call_later(self._notice_s(), self._lost, node, f"silent for {DEAD_AFTER:g} s")
         else:
             latency = self.scenario.network.path.latency_s
             self.loop.call_later(latency, self._lost, node, f"node {node} closed its link")

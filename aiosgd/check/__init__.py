@@ -1,0 +1,1 @@
+"""Checks of codecs: their contract, their laws, all orders of delivery, faults, convergence."""

@@ -1,0 +1,458 @@
+"""The checks of a codec: which cases each plays, and what it says of one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+
+from aiosgd.check.case import Case
+from aiosgd.check.laws import LAWS, Law, expanded
+from aiosgd.check.local import Run, play
+from aiosgd.check.problem import make_samples, make_workload, optimum
+from aiosgd.check.simulated import Job, simulate
+from aiosgd.check.story import Story
+from aiosgd.check.subject import Subject
+from aiosgd.codecs.base import Array
+from aiosgd.runtime.job import node_name
+from aiosgd.runtime.mesh import DEAD_AFTER, HEARTBEAT
+from aiosgd.runtime.simulation.faults import Crash, Fault, parse_faults
+
+SMALL, LARGE = 3, 300_000
+"""Elements of a vector: LARGE is beyond 1 MiB, where codecs begin to send in parts."""
+JITTER_S = 5e-3
+"""More than a block takes: messages of different steps overtake each other between nodes."""
+CRASH_POINTS = 12
+SHORT_CUT_S, LONG_CUT_S = 0.5, 4 * DEAD_AFTER
+ASYNC_SLACK = 1e-4
+"""The same updates of the order of 1, added by each worker in an order of its own."""
+CONVERGENCE_STEPS = 300
+TOLERANCE = 1e-3
+"""Of the way from the initial weights to the optimum; without an exchange it is 2e-7 after 300
+steps that go a twentieth of the way each."""
+
+
+class Told(Protocol):
+    """What was played: it can tell what happened."""
+
+    @property
+    def story(self) -> Story:
+        """Everything that happened."""
+
+
+class Verdict(NamedTuple):
+    """What a check says of a case.
+
+    Attributes:
+        error: what is wrong; empty if nothing is.
+        played: what it is said of.
+        note: what else is worth knowing.
+    """
+
+    error: str
+    played: Told
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How much is checked.
+
+    Attributes:
+        workers: at most so many.
+        seeds: orders of delivery for each mode.
+    """
+
+    workers: int = 5
+    seeds: int = 200
+
+
+Cases: TypeAlias = Callable[[Subject, Options], Iterable[Case]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A check.
+
+    Attributes:
+        name: as `--case` has it.
+        text: what holds if it finds nothing.
+        cases: what it plays, for each mode the simple ones first.
+        judge: says what is wrong with a case.
+        orders: how many other schedules are worth a try when a case is made smaller.
+        keeps: attributes of a case that must stay as they are then.
+    """
+
+    name: str
+    text: str
+    cases: Cases
+    judge: Callable[[Subject, Case], Verdict]
+    orders: int = 1
+    keeps: Collection[str] = ()
+
+
+def checks_of(subject: Subject) -> dict[str, Check]:
+    """Return a codec's checks by their names, in the order in which they are made.
+
+    Raises:
+        PluginError: it declares a law that does not exist.
+    """
+    laws = [_law_check(name, LAWS[name]) for name in expanded(subject.laws) if name != FIRST_COME]
+    return {check.name: check for check in (CONTRACT, REPEATABLE, *laws, SCHEDULES, *SIMULATED)}
+
+
+FIRST_COME = "first-come"
+
+
+def _is_ordered(subject: Subject, case: Case) -> bool:
+    """Tell whether a case's result must not depend on any order."""
+    return case.mode == "sync" and FIRST_COME not in subject.codec.laws
+
+
+# grids of cases
+
+
+def shapes(subject: Subject, most: int) -> list[dict[str, int]]:
+    """Return numbers of workers and servers and redundancies, the small ones first."""
+    servers = (1, 2) if subject.server is not None else (0,)
+    return [
+        {"workers": workers, "servers": count, "redundancy": redundancy}
+        for workers in range(1, most + 1)
+        for redundancy in (1, 2)[:workers]
+        for count in servers
+    ]
+
+
+def _own_cases(subject: Subject, name: str, **numbers: Any) -> list[Case]:
+    """Return a case for each mode, with the codec's own exchange."""
+    exchange = subject.codec.exchange
+    return [Case(check=name, mode=mode, exchange=exchange, **numbers) for mode in subject.modes]
+
+
+# contract: what a codec may do at all
+
+
+def _contract_cases(subject: Subject, options: Options) -> Iterator[Case]:
+    first = subject.codec.exchange
+    exchanges = [first, *(other for other in subject.codec.exchanges if other != first)]
+    for mode, exchange in itertools.product(subject.modes, exchanges):
+        for i, shape in enumerate(shapes(subject, options.workers)):
+            case = Case(check="contract", mode=mode, exchange=exchange, steps=3, schedule=i, **shape)
+            yield case
+            yield case.but(size=SMALL, schedule=i + 1)
+
+
+def _judge_contract(subject: Subject, case: Case) -> Verdict:
+    run = play(subject, case)
+    return Verdict("" if run.stuck else run.error, run)
+
+
+CONTRACT = Check(
+    name="contract",
+    text="hooks, targets, payloads and results are what they may be; no array changes",
+    cases=_contract_cases,
+    judge=_judge_contract,
+    orders=20,
+)
+
+
+# chance: nothing else than the seed decides
+
+
+def _repeat_cases(subject: Subject, options: Options) -> Iterator[Case]:
+    for case in _own_cases(subject, "repeatable", steps=3, size=SMALL):
+        for i, shape in enumerate(shapes(subject, min(3, options.workers))):
+            yield case.but(schedule=i, **shape)
+
+
+def _judge_repeat(subject: Subject, case: Case) -> Verdict:
+    run, again = play(subject, case), play(subject, case)
+    if run.error or (run.bits == again.bits and len(run.sent) == len(again.sent)):
+        return Verdict("" if run.stuck else run.error, run)
+    return Verdict(
+        "the same case a second time gives other results or messages; all randomness comes from "
+        "ctx.rng",
+        run,
+    )
+
+
+REPEATABLE = Check(
+    name="repeatable",
+    text="the same seed gives the same results",
+    cases=_repeat_cases,
+    judge=_judge_repeat,
+    orders=5,
+)
+
+
+# laws
+
+
+def _law_check(name: str, law: Law) -> Check:
+    def cases(subject: Subject, options: Options) -> Iterator[Case]:
+        for case in _own_cases(subject, name, steps=3, size=SMALL):
+            if case.mode in law.modes:
+                for i, shape in enumerate(shapes(subject, law.workers or options.workers)):
+                    yield from (case.but(seed=i, schedule=k, **shape) for k in range(3))
+
+    def judge(subject: Subject, case: Case) -> Verdict:
+        run = play(subject, case, law.values)
+        return Verdict(run.error or law.judge(subject, run), run)
+
+    return Check(name=name, text=law.text, cases=cases, judge=judge, orders=20)
+
+
+# schedules: any order of delivery
+
+
+def _schedule_cases(subject: Subject, options: Options) -> Iterator[Case]:
+    grid = shapes(subject, options.workers)
+    for case in _own_cases(subject, "schedules", steps=3, size=SMALL):
+        for i in range(options.seeds):
+            yield case.but(seed=i // len(grid), schedule=i, **grid[i % len(grid)])
+        for schedule in (1, 2):
+            large = case.but(steps=2, size=LARGE, schedule=schedule)
+            yield large.but(workers=min(3, options.workers), servers=grid[0]["servers"])
+
+
+def _judge_schedule(subject: Subject, case: Case) -> Verdict:
+    run = play(subject, case)
+    if run.error or not _is_ordered(subject, case) or not case.schedule:
+        return Verdict(run.error, run)
+    other = play(subject, case.but(schedule=0))
+    return Verdict("" if other.error else _order_matters(run, other), run)
+
+
+def _order_matters(run: Run, other: Run) -> str:
+    for step, (bits, others) in enumerate(zip(run.bits, other.bits, strict=True)):
+        for worker in bits:
+            if bits[worker] != others[worker]:
+                result, first = run.results[step][worker], other.results[step][worker]
+                return (
+                    f"worker {worker}'s result of step {step} depends on the order of delivery: "
+                    f"{_two(result, first)}"
+                )
+    return ""
+
+
+def _two(one: Array, other: Array) -> str:
+    """Show an element in which two vectors differ."""
+    i = int(np.flatnonzero(one != other)[0]) if np.any(one != other) else 0
+    return f"{one[i]:.9g} here, {other[i]:.9g} there (element {i})"
+
+
+SCHEDULES = Check(
+    name="schedules",
+    text="no order of delivery blocks; sync results have the same bits whatever the order",
+    cases=_schedule_cases,
+    judge=_judge_schedule,
+    orders=40,
+)
+
+
+# simulated jobs: jitter and stragglers
+
+
+def _jitter_cases(subject: Subject, options: Options) -> Iterator[Case]:
+    grid = [shape for shape in shapes(subject, min(4, options.workers)) if shape["workers"] > 1]
+    for case in _own_cases(subject, "jitter", steps=4, size=SMALL, jitter=JITTER_S):
+        for i in range(math.ceil(options.seeds / 8) if grid else 0):
+            slow = f"{i % 2}:{2 + i % 5}" if i % 3 else ""
+            yield case.but(seed=i // len(grid), schedule=i, slow=slow, **grid[i % len(grid)])
+
+
+def _judge_jitter(subject: Subject, case: Case) -> Verdict:
+    job = simulate(subject, case)
+    error = job.error or _ends_apart(subject, job)
+    if error or not _is_ordered(subject, case):
+        return Verdict(error, job)
+    calm = simulate(subject, case.but(jitter=0.0, slow="", schedule=0))
+    return Verdict("" if calm.error else _ends_alike(job, calm, "on a calm network"), job)
+
+
+def _ends_apart(subject: Subject, job: Job) -> str:
+    """Say which workers end with different weights, if they have promised not to."""
+    first, is_async = job.weights[0], job.case.mode == "async"
+    if "consensus" not in subject.laws or first is None:
+        return ""
+    if is_async and job.case.redundancy > 1:
+        return ""  # each owner of a block computes it on weights of its own: copies are not equal
+    slack = ASYNC_SLACK if is_async else 0.0
+    for worker in range(1, job.case.workers):
+        weights = job.weights[worker]
+        if weights is None or not np.allclose(weights, first, rtol=slack, atol=slack):
+            return f"workers 0 and {worker} end with different weights"
+    return ""
+
+
+def _ends_alike(job: Job, other: Job, where: str) -> str:
+    for worker, bits in job.bits.items():
+        if bits != other.bits[worker]:
+            one, first = job.weights[worker], other.weights[worker]
+            assert one is not None
+            assert first is not None
+            return f"worker {worker} ends with other weights than {where}: {_two(one, first)}"
+    return ""
+
+
+# simulated jobs: faults
+
+
+def _fault_cases(subject: Subject, options: Options) -> Iterator[Case]:
+    workers, servers = min(3, options.workers), int(subject.server is not None)
+    for case in _own_cases(
+        subject, "faults", steps=4, size=SMALL, workers=workers, servers=servers
+    ):
+        times = simulate(subject, case).times_s
+        points = [times[i * (len(times) - 1) // CRASH_POINTS] for i in range(CRASH_POINTS)]
+        for node, time, kind in itertools.product(case.nodes, points, ("crash", "host")):
+            yield case.but(faults=f"{kind}:{node}@{time:.9f}")
+        for node, time, lasts in itertools.product(
+            case.nodes, points[1::4], (SHORT_CUT_S, LONG_CUT_S)
+        ):
+            others = ",".join(str(other) for other in case.nodes if other != node)
+            if others:
+                yield case.but(faults=f"cut:{node}|{others}@{time:.9f}-{time + lasts:.9f}")
+
+
+def _judge_faults(subject: Subject, case: Case) -> Verdict:
+    job = simulate(subject, case)
+    faults = parse_faults(case.faults, case.nodes)
+    if job.endless:
+        return Verdict(f"with {case.faults} the job does not end: {job.error}", job)
+    if not faults:
+        return Verdict("", job)
+    if job.error:
+        return Verdict("" if _explains(job.error, faults) else _unexplained(job, faults), job)
+    if not _is_ordered(subject, case):
+        return Verdict("", job)
+    well = simulate(subject, case.but(faults=""))
+    return Verdict("" if well.error else _ends_alike(job, well, "without the fault"), job)
+
+
+def _explains(error: str, faults: Sequence[Fault]) -> bool:
+    """Tell whether an error names a node that is really out of reach."""
+    return any(f"{node_name(node)} lost" in error for fault in faults for node in _lost(fault))
+
+
+def _lost(fault: Fault) -> tuple[int, ...]:
+    if isinstance(fault, Crash):
+        return (fault.node,)
+    return (*fault.some, *fault.others) if fault.lasts_s > DEAD_AFTER + HEARTBEAT else ()
+
+
+def _unexplained(job: Job, faults: Sequence[Fault]) -> str:
+    lost = [node_name(node) for fault in faults for node in _lost(fault)]
+    who = f"names none of {', '.join(lost)}" if lost else "should not be: what was held up arrived"
+    return f"with {job.case.faults} the job fails with an error that {who}: {job.error}"
+
+
+# simulated jobs: convergence and traffic
+
+
+def _convergence_cases(subject: Subject, options: Options) -> list[Case]:
+    return _own_cases(
+        subject,
+        "convergence",
+        steps=CONVERGENCE_STEPS,
+        size=4,
+        workers=min(3, options.workers),
+        servers=int(subject.server is not None),
+    )
+
+
+def _judge_convergence(subject: Subject, case: Case) -> Verdict:
+    noise = float(case.mode == "sync" and bool({"mean", "sum"} & set(subject.laws)))
+    job = simulate(subject, case, noise=noise)
+    if job.error:
+        return Verdict(job.error, job)
+    load = make_workload(subject, case, noise=noise)
+    best = optimum(make_samples(case, len(load.owners), noise=noise))
+    whole = float(np.linalg.norm(load.initial() - best))
+    ends = {worker: job.weights[worker] for worker in range(case.workers)}
+    left = {w: float(np.linalg.norm(end - best)) / whole for w, end in ends.items() if end is not None}
+    worker = max(left, key=lambda one: (np.isnan(left[one]), left[one]))
+    note = f"{case.mode}: {left[worker]:.1e} of the way left after {case.steps} steps"
+    if left[worker] <= TOLERANCE:
+        return Verdict("", job, note)
+    return Verdict(
+        f"worker {worker} has {left[worker]:.2g} of its way to the optimum before it after "
+        f"{case.steps} steps; expected at most {TOLERANCE:g}",
+        job,
+        note,
+    )
+
+
+def _traffic_cases(subject: Subject, options: Options) -> Iterator[Case]:
+    servers = int(subject.server is not None)
+    for case in _own_cases(subject, "traffic", steps=4, size=1000, servers=servers):
+        for workers in range(1, options.workers + 1):
+            yield case.but(workers=workers)
+
+
+def _judge_traffic(subject: Subject, case: Case) -> Verdict:
+    run = play(subject, case)
+    job = simulate(subject, case)
+    if run.error or job.error:
+        return Verdict(run.error or job.error, run)
+    arrays = sum(_array_bytes(one.content) for one in run.sent if one.to != one.sender)
+    per_step, on_wire = arrays / case.steps, job.bytes_sent / case.steps
+    note = (
+        f"{case.mode}, {case.workers} workers, {4 * case.size} bytes: {per_step:,.0f} bytes of "
+        f"arrays per step, {on_wire:,.0f} with all headers"
+    )
+    formula = getattr(subject.codec, "traffic", None)
+    if formula is None or run.context is None:
+        return Verdict("", run, note)
+    declared = float(formula(run.context, case.size))
+    if math.isclose(per_step, declared, rel_tol=1e-6):
+        return Verdict("", run, note)
+    return Verdict(
+        f"a step sends {per_step:,.0f} bytes of arrays; its traffic() says {declared:,.0f}", run, note
+    )
+
+
+def _array_bytes(content: Any) -> int:
+    """Return the bytes of all arrays in a message's content."""
+    if isinstance(content, np.ndarray):
+        return content.nbytes
+    if isinstance(content, dict):
+        return sum(map(_array_bytes, content.values()))
+    if isinstance(content, list | tuple):
+        return sum(map(_array_bytes, content))
+    return 0
+
+
+SIMULATED = (
+    Check(
+        name="jitter",
+        text="late messages and slow workers change nothing but the time",
+        cases=_jitter_cases,
+        judge=_judge_jitter,
+        orders=5,
+    ),
+    Check(
+        name="faults",
+        text="a lost node is named, a short cut changes nothing, and the job always ends",
+        cases=_fault_cases,
+        judge=_judge_faults,
+        keeps=("faults",),
+    ),
+    Check(
+        name="convergence",
+        text=f"least squares: at most {TOLERANCE:g} of the way is left",
+        cases=_convergence_cases,
+        judge=_judge_convergence,
+        keeps=("steps",),
+    ),
+    Check(
+        name="traffic",
+        text="bytes per step, as `traffic` declares them",
+        cases=_traffic_cases,
+        judge=_judge_traffic,
+    ),
+)

@@ -1,0 +1,360 @@
+"""Codecs that are wrong on purpose: each breaks one rule, and the checker must find it."""
+
+import numpy as np
+
+from aiosgd.codecs.base import SERVER, WORKERS, Codec, Envelope, mean
+from aiosgd.codecs.plain import Plain
+
+
+class Exchange(Codec):
+    """Right, and the pattern of most others: every worker sends its blocks to all others."""
+
+    modes = ("sync",)
+    laws = frozenset({"mean", "consensus"})
+
+    def start(self):
+        self.values = {}
+
+    async def update(self, block):
+        self.keep(block.id, block.value)
+        return Envelope(WORKERS, (block.id, block.value))
+
+    async def receive(self, message):
+        self.keep(*message.content)
+
+    def keep(self, block_id, value):
+        self.values[block_id] = value
+        if len(self.values) == self.ctx.block_count and set(self.ctx.blocks) <= self.handed_in():
+            self.publish(mean(self.values))
+
+    def handed_in(self):
+        return set(self.values)
+
+    def publish(self, value):
+        self.values = {}
+        self.set_result(value)
+
+
+class MutatesAfterSend(Codec):
+    """One buffer for all steps: what is still under way changes."""
+
+    modes = ("sync",)
+
+    def start(self):
+        self.buffer = None
+
+    async def update(self, block):
+        if self.buffer is None:
+            self.buffer = np.empty_like(block.value)
+        self.buffer[:] = block.value
+        self.set_result(block.value)
+        return Envelope(WORKERS, self.buffer)
+
+
+class MutatesReceived(Exchange):
+    """Adds to what came in."""
+
+    async def receive(self, message):
+        block_id, value = message.content
+        value += 0
+        self.keep(block_id, value)
+
+
+class MutatesBlock(Exchange):
+    """Scales its own block where it lies."""
+
+    async def update(self, block):
+        block.value[:] = block.value / 1
+        return await super().update(block)
+
+
+class SumsInstead(Exchange):
+    """Forgets to divide."""
+
+    def publish(self, value):
+        super().publish(value * self.ctx.block_count)
+
+
+class AddsInArrivalOrder(Exchange):
+    """Adds what comes when it comes: the bits depend on the order."""
+
+    laws = frozenset({"mean"})
+
+    def start(self):
+        super().start()
+        self.total = 0
+
+    def keep(self, block_id, value):
+        if block_id not in self.values:
+            self.total = self.total + value
+        super().keep(block_id, value)
+
+    def publish(self, value):
+        total, self.total = self.total, 0
+        super().publish(np.float32(total / self.ctx.block_count))
+
+
+class ForgetsABlock(Exchange):
+    """Keeps the mean over one block per worker: right until blocks are more than workers."""
+
+    def keep(self, block_id, value):
+        self.values[block_id % self.ctx.worker_count] = value
+        if len(self.values) == min(self.ctx.worker_count, self.ctx.block_count):
+            self.publish(mean(self.values))
+
+
+class DoubleCounts(Codec):
+    """Counts each copy that comes: with redundancy some blocks count twice."""
+
+    modes = ("sync",)
+    laws = frozenset({"mean"})
+
+    def start(self):
+        self.values = {}
+
+    async def update(self, block):
+        self.keep(block.id, self.ctx.node, block.value)
+        return Envelope(WORKERS, (block.id, block.value))
+
+    async def receive(self, message):
+        block_id, value = message.content
+        self.keep(block_id, message.sender, value)
+
+    def keep(self, block_id, sender, value):
+        self.values[sender, block_id] = value
+        if len(self.values) == self.ctx.block_count * self.ctx.redundancy:
+            total = sum(self.values[key] for key in sorted(self.values))
+            self.values = {}
+            self.set_result(total / self.ctx.block_count)
+
+
+class WaitsForEachOther(Exchange):
+    """Answers only what it was sent first: all wait."""
+
+    async def update(self, block):
+        self.own = block
+        self.keep(block.id, block.value)
+        return [] if self.ctx.node >= 0 and self.ctx.worker_count > 1 else None
+
+    async def receive(self, message):
+        self.keep(*message.content)
+        return Envelope(message.sender, (self.own.id, self.own.value))
+
+
+class WaitsInSomeOrders(Exchange):
+    """Forgets what came before its own block."""
+
+    async def update(self, block):
+        self.values = {}
+        return await super().update(block)
+
+
+class PublishesEarly(Exchange):
+    """Takes two blocks for all."""
+
+    def keep(self, block_id, value):
+        self.values[block_id] = value
+        if len(self.values) >= min(2, self.ctx.block_count):
+            self.publish(mean(self.values))
+
+
+class SendsToNobody(Exchange):
+    """Sends to a neighbour that a ring of ids does not have."""
+
+    async def update(self, block):
+        await super().update(block)
+        return Envelope(self.ctx.node + 1, (block.id, block.value))
+
+
+class SendsASet(Exchange):
+    """Sends what msgpack does not take."""
+
+    async def update(self, block):
+        envelope = await super().update(block)
+        return Envelope(envelope.to, (*envelope.content, {1, 2}))
+
+
+class DependsOnTheNumber(Exchange):
+    """Gives four workers and more another mean."""
+
+    def publish(self, value):
+        super().publish(value if self.ctx.worker_count < 4 else value * np.float32(0.99))
+
+
+class WrongAlone(Exchange):
+    """Is never done without anybody else."""
+
+    async def update(self, block):
+        self.values[block.id] = block.value
+        return Envelope(WORKERS, (block.id, block.value))
+
+    async def receive(self, message):
+        self.keep(*message.content)
+        self.values.setdefault(message.content[0], message.content[1])
+
+
+class AliasesItsResult(Exchange):
+    """Publishes a buffer that the next step overwrites."""
+
+    def start(self):
+        super().start()
+        self.buffer = None
+
+    def publish(self, value):
+        if self.buffer is None:
+            self.buffer = np.empty_like(value)
+        self.buffer[:] = value
+        super().publish(self.buffer)
+
+
+class LosesUpdates(Plain):
+    """Takes a newer result in the place of one that was not fetched yet (async)."""
+
+    def set_result(self, value, operation=None):
+        super().set_result(value, lambda _old, new: new)
+
+
+class PublishesTwice(Exchange):
+    """Publishes the mean in two halves."""
+
+    def publish(self, value):
+        self.values = {}
+        self.set_result(value / 2)
+        self.set_result(value / 2)
+
+
+class WrongStepTag(Exchange):
+    """Numbers steps itself, and takes only what has the number of its own step."""
+
+    def start(self):
+        super().start()
+        self.count = 0
+
+    async def update(self, block):
+        self.count += 1
+        envelope = await super().update(block)
+        return Envelope(envelope.to, (self.count, *envelope.content))
+
+    async def receive(self, message):
+        count, block_id, value = message.content
+        if count == self.count:
+            self.keep(block_id, value)
+
+
+class WrongShape(Exchange):
+    """Publishes one element."""
+
+    def publish(self, value):
+        super().publish(value[:1])
+
+
+class LateServer(Codec):
+    """A server that answers a step when the next begins."""
+
+    def start(self):
+        self.values, self.last = {}, None
+
+    async def receive(self, message):
+        block_id, value = message.content
+        self.values[block_id] = value
+        if len(self.values) < self.ctx.block_count:
+            return None
+        answer, self.last = self.last, mean(self.values)
+        self.values = {}
+        return None if answer is None else Envelope(WORKERS, answer)
+
+
+class AnswersLate(Codec):
+    """Its server keeps each mean back for a step."""
+
+    modes = ("sync",)
+    server = LateServer
+    laws = frozenset({"mean"})
+
+    async def update(self, block):
+        return Envelope(SERVER, (block.id, block.value))
+
+    async def receive(self, message):
+        self.set_result(message.content)
+
+
+class UsesGlobalRandomness(Codec):
+    """Draws from a generator that no seed decides."""
+
+    modes = ("sync",)
+
+    async def update(self, block):
+        noise = np.random.default_rng().standard_normal(block.value.size, np.float32)
+        self.set_result(block.value + noise)
+
+
+class HidesTheLostNode(Exchange):
+    """Lets nothing out of its hook, not even the job's end."""
+
+    async def update(self, block):
+        self.set_result(block.value)
+        if block.step == 2:
+            self.set_result(block.value, lambda old, _new: old)
+        return Envelope(WORKERS, np.zeros(1))
+
+    async def receive(self, message):
+        if message.step == 3:
+            raise RuntimeError("no reason at all")
+
+
+class EchoesForEver(Codec):
+    """Answers every message, and every answer."""
+
+    modes = ("async",)
+
+    async def update(self, block):
+        self.set_result(block.value)
+        return Envelope(WORKERS, 1)
+
+    async def receive(self, message):
+        return Envelope(message.sender, 1)
+
+
+class DoublesInAsync(Plain):
+    """Counts a message twice (async)."""
+
+    async def receive(self, message):
+        await super().receive(message)
+        if self.ctx.mode == "async" and self.is_done:
+            self.set_result(self._result * 0 + 1e-3)
+
+
+class SwallowsSmallValues(Exchange):
+    """Takes what is small for nothing: breaks no promise but that of proportion."""
+
+    laws = frozenset({"scale"})
+
+    def publish(self, value):
+        super().publish(np.where(np.abs(value) < 0.1, np.float32(0), value))
+
+
+class DiffersByNode(Exchange):
+    """Each worker adds from itself on: the bits are not those of the others."""
+
+    laws = frozenset({"consensus"})
+
+    def publish(self, value):
+        super().publish(value + np.float32(1e-6) * np.float32(self.ctx.node))
+
+
+class OutOfNothing(Exchange):
+    """Adds a little where nothing is."""
+
+    laws = frozenset({"zero"})
+
+    def publish(self, value):
+        super().publish(value + np.float32(1e-4))
+
+
+class Diverges(Exchange):
+    """Goes the other way; it has promised nothing."""
+
+    laws = frozenset()
+
+    def publish(self, value):
+        super().publish(-value)
