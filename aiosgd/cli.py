@@ -28,7 +28,7 @@ from typing import (
 
 import typer
 
-from aiosgd.errors import AiosgdError, ConfigError, JobCancelledError
+from aiosgd.errors import AiosgdError, ConfigError, JobCancelledError, JobFailedError
 from aiosgd.runtime.config import JobConfig
 
 if TYPE_CHECKING:
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from aiosgd.bench.wire import Target
     from aiosgd.runtime.config import Address, Cluster
     from aiosgd.runtime.harvest import Outcome
+    from aiosgd.runtime.simulation.simulate import Simulated
 
 T = TypeVar("T")
+AnyOutcome = TypeVar("AnyOutcome", bound="Outcome")
 
 app = typer.Typer(
     name="aiosgd",
@@ -303,6 +305,12 @@ def simulate(
         str,
         typer.Option(metavar="WHAT", help="crash:2@3.5; host:2@3.5; cut:0,1|2,3@1-4 (seconds)."),
     ] = "",
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every event to a new file.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run twice, and tell where the second run differs.")
+    ] = False,
     sets: Sets = None,
     job_file: JobFile = None,
     data_dir: DataDir = None,
@@ -312,11 +320,14 @@ def simulate(
     """Run a job on virtual nodes in virtual time: the same results for the same options."""
     from aiosgd import aio
 
-    _run_to_end(
+    if trace is not None and trace.exists():
+        raise ConfigError(f"--trace {trace} exists already; nothing is ever overwritten")
+    outcome = _run_to_end(
         lambda observer: aio.simulate(
             network=network,
             stragglers=stragglers,
             faults=faults,
+            keep_trace=trace is not None or check,
             sets=tuple(sets or ()),
             job_file=job_file,
             data_dir=data_dir,
@@ -326,14 +337,68 @@ def simulate(
         as_json,
         "preparing the simulation",
     )
+    if trace is not None:
+        _write_trace(trace, outcome)
+    if check:
+        _check_again(outcome)
 
 
-def _run_to_end(work: Callable[[Any], Any], as_json: bool, title: str) -> None:
+def _write_trace(path: Path, outcome: Simulated) -> None:
+    from aiosgd.runtime.config import to_dict
+    from aiosgd.runtime.results import read_job
+    from aiosgd.runtime.simulation.trace_file import write_trace
+
+    job = read_job(outcome.folder)
+    try:
+        write_trace(path, outcome.trace, job.seed, to_dict(job))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _check_again(outcome: Simulated) -> None:
+    """Run the same command in a process with other hashes, and compare what both did."""
+    import os
+    import subprocess
+    import tempfile
+
+    from aiosgd.runtime.simulation.trace_file import first_difference
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace"
+        words = _without(sys.argv[1:], "--check", "--trace")
+        done = subprocess.run(
+            [sys.executable, "-m", "aiosgd", *words, "--trace", path, "--output", folder],
+            env={**os.environ, "PYTHONHASHSEED": str(hash("aiosgd") % 4_000_000_000)},
+            stdout=subprocess.DEVNULL,
+            check=False,
+        )
+        if done.returncode:
+            raise JobFailedError("the second run differs: it failed")
+        difference = first_difference(outcome.trace, path)
+    if difference is not None:
+        raise JobFailedError(f"the second run differs: {difference.sentence}")
+    print(f"a second run is the same in all {outcome.trace.count:,} events")
+
+
+def _without(words: list[str], flag: str, option: str) -> list[str]:
+    """Return a command line without a flag, and without an option and its value."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != flag and not word.startswith(f"{option}"):
+            kept.append(word)
+        skip = word == option
+    return kept
+
+
+def _run_to_end(
+    work: Callable[[Any], Coroutine[Any, Any, AnyOutcome]], as_json: bool, title: str
+) -> AnyOutcome:
     outcome = _shown(work, title)
     if as_json:
         print(json.dumps(outcome.summary.to_dict()))
     else:
         _print_outcome(outcome)
+    return outcome
 
 
 def _shown(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import os
 import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ from aiosgd.bench.wire import (
 )
 from aiosgd.errors import ClusterError
 from aiosgd.runtime.config import Cluster, make_job
+from aiosgd.runtime.executor import INLINE_LIMIT
 from aiosgd.runtime.probe import Prober, probing
 from aiosgd.runtime.simulation.compare import figures, predict
 from aiosgd.runtime.simulation.network import NetworkModel, Override
@@ -93,17 +95,24 @@ class BlockFigures:
         samples: of a block.
         compute_s: worker -> its time of a block.
         step_s: between two steps.
+        epoch_s: between two steps with an evaluation between; NaN if there was none.
     """
 
     size: int
     samples: int
     compute_s: Mapping[int, float]
     step_s: float
+    epoch_s: float
 
     @property
     def typical_s(self) -> float:
         """The time of a block on a typical worker."""
         return statistics.median(self.compute_s.values())
+
+    @property
+    def is_threaded(self) -> bool:
+        """Whether its blocks are too long for the event loop."""
+        return self.typical_s > INLINE_LIMIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +281,15 @@ async def _block(place: Site, options: Mapping[str, Any], rounds: int) -> BlockF
         samples=int(rows[0].samples[0]),
         compute_s=times,
         step_s=statistics.median(figures(r, 0, 0).step_s for r in rows),
+        epoch_s=statistics.median(map(_epoch_s, rows)),
     )
+
+
+def _epoch_s(rows: Any) -> float:
+    """Return the median time between the last step of an epoch and the first of the next."""
+    own = rows[rows.node == 0]
+    pauses = np.diff(own.time_s)[np.diff(own.epoch) > 0]
+    return float(np.median(pauses)) if len(pauses) else math.nan
 
 
 def _enough_samples(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -397,15 +414,21 @@ def _computing(blocks: Mapping[str, BlockFigures]) -> dict[str, Any]:
     step_s = max(0.0, digits.step_s - digits.typical_s)
     in_thread = blocks["thread"]
     hop_s = max(0.0, in_thread.step_s - in_thread.typical_s - step_s)
-    # codec `local` makes its result of its own block alone
-    codec_s = max(0.0, large.step_s - large.typical_s - step_s - hop_s)
+    # codec `local` makes its result of its own block alone; caches end between the two sizes
+    codec_byte_s = statistics.mean(
+        max(0.0, one.step_s - one.typical_s - step_s - (hop_s if one.is_threaded else 0.0))
+        / (4 * one.size)
+        for one in (whole, large)
+    )
     return {
         "flops": 1 / flop_s,
         "weight_s": weight_s,
         "least_s": max(0.0, tiny - weight_s * digits.size),
         "step_s": step_s,
         "hop_s": hop_s,
-        "codec_byte_s": codec_s / (4 * large.size),
+        "codec_byte_s": codec_byte_s,
+        # the result of the step before is applied in a thread, too
+        "evaluation_s": max(0.0, digits.epoch_s - digits.step_s - 2 * hop_s),
         "slow": {
             node: seconds / whole.typical_s
             for node, seconds in whole.compute_s.items()
@@ -425,7 +448,8 @@ def _with_codec(model: NetworkModel, exchanges: Mapping[str, ExchangeFigures]) -
     unexplained = (
         parts.step_s - whole.step_s - simulated_s(model, parts) + simulated_s(model, whole)
     )
-    message_s = max(0.0, unexplained / (parts.messages - whole.messages))
+    # a worker's codec is handed a further block for each further message
+    message_s = max(0.0, unexplained / (parts.messages - whole.messages) / 2)
     model = dataclasses.replace(model, codec_message_s=message_s)
     return dataclasses.replace(model, wake_s=max(0.0, whole.step_s - simulated_s(model, whole)))
 

@@ -322,16 +322,17 @@ def _fault_cases(subject: Subject, options: Options) -> Iterator[Case]:
 def _judge_faults(subject: Subject, case: Case) -> Verdict:
     job = simulate(subject, case)
     faults = parse_faults(case.faults, case.nodes)
-    if job.endless:
-        return Verdict(f"with {case.faults} the job does not end: {job.error}", job)
-    if not faults:
-        return Verdict("", job)
-    if job.error:
-        return Verdict("" if _explains(job.error, faults) else _unexplained(job, faults), job)
-    if not _is_ordered(subject, case):
+    if job.error and not job.endless and _explains(job.error, faults):
         return Verdict("", job)
     well = simulate(subject, case.but(faults=""))
-    return Verdict("" if well.error else _ends_alike(job, well, "without the fault"), job)
+    if not faults or well.error:
+        return Verdict("", job)  # other checks show what goes wrong without a fault
+    if job.endless:
+        return Verdict(f"with {case.faults} the job does not end: {job.error}", job)
+    if job.error:
+        return Verdict(_unexplained(job, faults), job)
+    is_ordered = _is_ordered(subject, case)
+    return Verdict(_ends_alike(job, well, "without the fault") if is_ordered else "", job)
 
 
 def _explains(error: str, faults: Sequence[Fault]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar, cast
@@ -17,18 +18,16 @@ from aiosgd.codecs.base import Array, Codec, Context, Vector, mean
 from aiosgd.codecs.testing import Happening, LocalCluster, Sent
 from aiosgd.errors import AiosgdError, JobFailedError
 from aiosgd.plugins.registry import error_text
-from aiosgd.runtime.simulation.loop import LimitError, VirtualLoop
+from aiosgd.runtime.simulation.loop import SECOND, LimitError, VirtualLoop
 
 T = TypeVar("T")
 Values: TypeAlias = Callable[[Case, int, int], Vector]  # case, step, block -> value
 
-# far more than any exchange of a case needs: each block to everybody, passed on by everybody
-EVENTS = 200_000
+# more messages per node, block and step than any exchange needs: what goes on has no end
+MESSAGES = 100
+# callbacks of the loop per message, in a simulation with all its actors and links
+CALLBACKS = 50
 _VALUES, _INITIAL = 1, 2  # purposes of random numbers
-
-
-class _Sealed(LimitError):
-    """Too much happened."""
 
 
 @dataclass
@@ -125,15 +124,15 @@ def play_with(
     subject: Subject, case: Case, go: Callable[[LocalCluster], Coroutine[Any, Any, None]]
 ) -> Run:
     """Let a case happen whose blocks are given by `go`; see `play`."""
-    run = Run(case, initial=initial_weights(case))
+    run, most = Run(case, initial=initial_weights(case)), message_limit(case)
     taken: list[tuple[Any, Any]] = []  # results, and how they were when they were taken
 
     def witness(one: Happening) -> None:
         run.happened.append(one)
         if one.kind == "result":
             taken.append((one.what, np.array(one.what)))
-        if len(run.happened) > EVENTS:
-            raise _Sealed(f"more than {EVENTS} messages and blocks, and no end")
+        if len(run.happened) > most:
+            raise LimitError(f"{most} messages, and no end; the codec answers its own answers")
 
     async def main() -> None:
         cluster = _cluster(subject, case, run.initial, witness)
@@ -149,7 +148,7 @@ def play_with(
             cluster.stop()
 
     try:
-        virtually(main())
+        virtually(main(), CALLBACKS * most)
         run.error = _changed(subject, taken)
     except (Exception, SystemExit) as error:
         run.stuck = isinstance(error, JobFailedError)
@@ -157,17 +156,28 @@ def play_with(
     return run
 
 
-def virtually(main: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+def message_limit(case: Case) -> int:
+    """Return how many messages and blocks a case has at most, if it has an end at all."""
+    blocks = math.comb(case.workers, case.redundancy) * case.redundancy * case.steps
+    parts = 10 * case.size * case.steps  # a codec may send element by element
+    return len(case.nodes) * (MESSAGES * blocks + parts)
+
+
+def virtually(main: Coroutine[Any, Any, T], callbacks: int, seconds: float | None = None) -> T:
     """Run a coroutine in virtual time; what never ends raises.
 
     Raises:
-        DeadlockError, LimitError: as `run_virtually`, or after very many callbacks.
+        DeadlockError: nothing can happen any more.
+        LimitError: it takes more callbacks or virtual seconds.
     """
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         loop = cast("VirtualLoop", runner.get_loop())
-        loop.event_limit = 20 * EVENTS
-        loop.time_limit_ns = None if seconds is None else round(seconds * 1e9)
-        return runner.run(main)
+        loop.event_limit = callbacks
+        loop.time_limit_ns = None if seconds is None else round(seconds * SECOND)
+        try:
+            return runner.run(main)
+        finally:
+            loop.event_limit = loop.time_limit_ns = None  # what is left ends as it likes
 
 
 def _cluster(

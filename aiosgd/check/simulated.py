@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiosgd.check.case import Case
-from aiosgd.check.local import virtually
+from aiosgd.check.local import CALLBACKS, message_limit, virtually
 from aiosgd.check.problem import make_workload
 from aiosgd.check.story import Moment, Story, described, waits
 from aiosgd.check.subject import Subject
@@ -89,7 +89,7 @@ def simulate(subject: Subject, case: Case, *, noise: float = 0.0) -> Job:
         return await worlds[0].run()
 
     try:
-        ending = virtually(main(), LIMIT_S)
+        ending = virtually(main(), CALLBACKS * message_limit(case), LIMIT_S)
         job.error, job.time_s = ending.error, ending.time_s
     except (Exception, SystemExit) as error:
         job.error, job.endless = error_text(error), isinstance(error, LimitError)

@@ -153,8 +153,9 @@ class AllReduce(Codec):
     def start(self) -> None:
         """Begin without values; nothing is on its way."""
         owners = self.ctx.block_owners
-        self.givers = sorted({first for first, *_ in owners})
-        self.takers = [worker for worker in self.ctx.workers if worker not in self.givers]
+        firsts = {first for first, *_ in owners}
+        self.givers = sorted(firsts)
+        self.takers = [worker for worker in self.ctx.workers if worker not in firsts]
         self.shares = [i for i, (first, *_) in enumerate(owners) if first == self.ctx.node]
         self.values: dict[int, Vector] = {}  # own blocks of this step that count
         self.arrived: defaultdict[int, dict[int, Vector]] = defaultdict(dict)  # part -> sender

@@ -85,6 +85,7 @@ class DPsgd(Codec):
     exchange = "weights"
     exchanges = ("weights",)
     modes = ("sync",)
+    laws = frozenset({"single", "zero", "scale"})
     Params = DPsgdParams
 
     def start(self) -> None:

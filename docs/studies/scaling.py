@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ SIZES = (25_000_000, 1_000_000_000)
 NETWORKS = (load_network("lan"), load_network("wan"))
 LARGEST = 10_000
 COUNTS = (*(1 << k for k in range(2, 14)), LARGEST)
-MARKS = {"1 s": 1, "1 minute": 60, "1 hour": 3600, "1 day": 86400}
+MARKS = {"min": 60, "hour": 3600, "day": 86400}
 SIMULATED = (4, 16, 64, 100, 256, 1024, LARGEST)
 
 
@@ -75,26 +76,31 @@ def draw(found: list[Point]) -> None:
     figure, panels = plt.subplots(2, 2, figsize=(11, 9), sharex=True, layout="constrained")
     for (model, size), panel in zip(itertools.product(NETWORKS, SIZES), panels.flat, strict=True):
         lines = {way: [way.seconds(size, n, model) for n in COUNTS] for way in WAYS}
+        served = (lines[way] for way in WAYS if way.is_served)
+        panel.fill_between(COUNTS, *served, color="C1", alpha=0.08)
         for way, seconds in lines.items():
-            panel.loglog(COUNTS, seconds, **way.style, label=way.name)
             dots = [p for p in found if (p.model, p.size, p.way) == (model, size, way)]
+            known = bisect_right(COUNTS, max(p.workers for p in dots))
+            panel.loglog(COUNTS, seconds, **{"alpha": 0.5, **way.style, "linewidth": 0.9})
+            panel.loglog(COUNTS[:known], seconds[:known], **way.style, label=way.name)
             places = [p.workers for p in dots], [p.seconds for p in dots]
             panel.plot(*places, "o", color=way.style["color"], markersize=4.5)
-        panel.fill_between(
-            COUNTS, *(lines[way] for way in WAYS if way.is_served), color="C1", alpha=0.1
-        )
         panel.set_title(f"{name(size)} on {model.name}")
+        panel.set_xlabel("workers")
         low, high = panel.set_ylim()
         for mark, seconds in MARKS.items():
             if low < seconds < high:
                 panel.axhline(seconds, color="gray", linewidth=0.8, linestyle=":")
-                panel.text(4, seconds, mark, color="gray", va="bottom", fontsize=9)
+                right = panel.get_yaxis_transform()
+                panel.text(1.01, seconds, mark, color="gray", va="center", transform=right)
         panel.xaxis.set_major_formatter("{x:,.0f}")
+        panel.tick_params(labelbottom=True)
         panel.grid(alpha=0.25)
-    figure.supxlabel("workers")
     figure.supylabel("seconds per exchange")
     handles, labels = panels.flat[0].get_legend_handles_labels()
-    title = "lines: formulas; dots: simulated; shaded: parameter servers from 1 to N/8"
+    title = (
+        "dots: simulated; lines: formulas, thin beyond the dots; shaded: 1 to N/8 parameter servers"
+    )
     figure.legend(handles, labels, loc="outside lower center", ncols=4, title=title)
     figure.savefig(DOCS / "scaling.png", dpi=100)
 
@@ -102,6 +108,11 @@ def draw(found: list[Point]) -> None:
 def name(size: int) -> str:
     """Return a size as people say it."""
     return f"{size / 1e6:g} MB" if size < 1e9 else f"{size / 1e9:g} GB"
+
+
+def rounded(number: float) -> str:
+    """Return three digits of a number."""
+    return f"{float(f'{number:.3g}'):,.10g}"
 
 
 def fastest(model: NetworkModel, size: int) -> str:
@@ -126,19 +137,19 @@ def error_row(way: Way, found: list[Point]) -> list[str]:
     return [way.name, *map("{:,}".format, way.most), f"{abs(own[len(own) // 2].error):.1%}", *texts]
 
 
-def page(found: list[Point], real_s: float) -> str:
+def page(found: list[Point], cpu_s: float) -> str:
     """Return the page: its text with the tables and the figures filled in."""
     places = list(itertools.product(NETWORKS, SIZES))
     heads = [f"{name(size)}, {model.name}" for model, size in places]
     winners = [[head, fastest(*place)] for head, place in zip(heads, places, strict=True)]
     costs = []
     for way in WAYS:
-        models = [f"{way.models(n):,.3g}" for n in (16, 256)] + [f"{way.models(LARGEST):,.0f}"]
-        times = [f"{way.seconds(size, LARGEST, model):,.3g}" for model, size in places]
+        models = [rounded(way.models(n)) for n in (16, 256, LARGEST)]
+        times = [rounded(way.seconds(size, LARGEST, model)) for model, size in places]
         costs.append([way.name, *models, *times])
     return PAGE.format(
         count=len(found),
-        minutes=round(real_s / 60) or 1,
+        minutes=max(1, round(cpu_s / 60)),
         fastest=table(["model, network", "fastest"], winners),
         costs=table(["", "16", "256", f"{LARGEST:,}", *heads], costs),
         errors=table(
@@ -161,8 +172,8 @@ has the step's result. A step takes that and its computing, which is the same fo
 2. A ring has 2 (N - 1) hops, so that beyond some number of workers it only waits: `--set codec.small=2e9`
    exchanges in log2 N hops instead, and pays from 128 workers on for 25 MB on `wan`, from 8,192 on `lan`.
 3. One parameter server takes N models through one card and is the slowest of all from 16 workers on;
-   one for every eight workers makes its time nearly constant, at four times that of a ring which need not
-   wait, and for an eighth more machines.
+   one for every eight workers takes the time of 8 to 16 models, four to eight times that of a ring that
+   need not wait, and an eighth more machines.
 4. `hierarchical` never wins here, where all links are equal, for a leader carries 2 (√N - 1) models: it is
    for clusters whose groups are linked by slower lines than those inside them.
 5. Gossip with one peer per step costs one model for any number of workers and is the only way that stays
@@ -171,8 +182,9 @@ has the step's result. A step takes that and its computing, which is the same fo
 
 {fastest}
 
-These are exact and need no more machines. Only with them, and only for 25 MB on `wan`, are N/8 parameter
-servers faster than a ring (from 512 workers on), and never faster than doubling.
+These are exact and need no more machines. N/8 parameter servers overtake the ring as well where it waits,
+25 MB on `wan` from 512 workers on and on `lan` at 10,000, but there doubling is faster still. For 1 GB on
+`wan` ring and doubling meet at 10,000: which one is ahead there is within the formulas' error.
 
 ## Cost
 
@@ -182,27 +194,27 @@ among 10,000, from the formulas:
 {costs}
 
 What gossip buys is less than an average: on the exponential graph the workers' differences shrink to
-(log2 N - 1)/(log2 N + 1) in a step, 0.86 with 10,000; with one peer they are gone after log2 N steps of
+(⌈log2 N⌉ - 1)/(⌈log2 N⌉ + 1) in a step, 0.87 with 10,000; with one peer they are gone after log2 N steps of
 mixing, if N is a power of two and nobody trains meanwhile.
 
 ## What is simulated
 
 Dots are simulated: the codecs themselves decide who sends which part when, on the network of
-`aiosgd simulate`, with arrays that have a length and no content. {count} exchanges in about {minutes}
-minutes. Lines are formulas ([ways.py](studies/ways.py)). **Beyond the last dot of a line they are
-extrapolated**, up to 10,000 workers from 256 or even 64. To make sure that they may be, rings and
-N/8 servers were simulated with 256 workers and messages as small as those of 10,000, too: these are the
-points of 0.64 MB. How far the formulas are off, in the median, and at worst on each network:
+`aiosgd simulate`, with arrays that have a length and no content. {count} exchanges take {minutes} minutes of one
+core. Lines are formulas ([ways.py](studies/ways.py)), thin where they are **extrapolated**: to 10,000 workers
+from 1,024, 256 or even 64. To make sure that they may be, rings and N/8 servers were simulated with 256
+workers and messages as small as those of 10,000, too: these are the points of 0.64 MB. How far the
+formulas are off, in the median, and at worst on each network:
 
 {errors}
 
-Where the network loses messages and the exchange takes few seconds, one message that is lost twice
-decides, so that formulas of the average are worst there. With 4 workers the levels of `hierarchical`
+The points of 0.64 MB on `wan` take few seconds, where one retransmission more or less (0.2 s and longer)
+shows; the formulas have the expected number. With 4 workers the levels of `hierarchical`
 overlap, which its formula does not know.
 
 The network is ideal in what matters at this size: each worker has a card of its own (`lan` 1 Gbit/s and
-0.1 ms, `wan` 100 Mbit/s and 50 ms, one message in a thousand lost) and nothing between the cards is ever
-short of capacity, nobody is slower than the others, adding takes no time, and nobody fails. A card takes
+0.1 ms, `wan` 100 Mbit/s and 45 to 55 ms, one message in a thousand lost, both 30 µs of a processor per
+message at each end) and nothing between the cards is ever short of capacity, nobody is slower than the others, adding takes no time, and nobody fails. A card takes
 what comes in the order of its arrival. With real cards, which share, a leader of `hierarchical` could
 begin with the other leaders while its members still send.
 
@@ -210,17 +222,17 @@ begin with the other leaders while its members still send.
 
 ```sh
 pip install -e '.[docs]'
-python docs/studies/scaling.py        # about {minutes} minutes; writes docs/scaling.md and docs/scaling.png
+python docs/studies/scaling.py        # {minutes} minutes of one core; writes docs/scaling.md and docs/scaling.png
 ```
 """
 
 
 def main() -> None:
     """Simulate, draw and write."""
-    started = time.perf_counter()
+    started = time.process_time()
     found = list(points())
     draw(found)
-    (DOCS / "scaling.md").write_text(page(found, time.perf_counter() - started), encoding="utf-8")
+    (DOCS / "scaling.md").write_text(page(found, time.process_time() - started), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -59,11 +59,12 @@ def ring(size: int, n: int, model: NetworkModel) -> float:
 
 
 def doubling(size: int, n: int, model: NetworkModel) -> float:
-    """Return the seconds of recursive doubling; two hops more if n is no power of two."""
+    """Return the seconds of recursive doubling; once more, and two hops, if n is no power of two."""
     count, part = parts(size, 1, AllReduceParams.part)
     rounds = n.bit_length() - 1
-    extra = 0 if n.bit_count() == 1 else 2
-    return hops(rounds + extra, part, count, n, model)
+    if n.bit_count() == 1:
+        return hops(rounds, part, count, n, model)
+    return hops(rounds + 1, part, count, n, model) + 2 * wire(part, model) + slowest(n, model)
 
 
 def hierarchical(size: int, n: int, model: NetworkModel) -> float:
@@ -142,7 +143,7 @@ def rounds(n: int) -> int:
 WAYS = (
     Way("all-reduce, ring", {"color": "C0"}, AllReduce, {"small": 0}, nobody, (256, 64), ring,
         lambda n: 2 * (n - 1) / n, thin=True),
-    Way("all-reduce, doubling", {"color": "C9", "linewidth": 5, "alpha": 0.5}, AllReduce, {"small": 1 << 40}, nobody, (256, 64), doubling,
+    Way("all-reduce, doubling", {"color": "C9", "linewidth": 5, "alpha": 0.4}, AllReduce, {"small": 1 << 40}, nobody, (256, 64), doubling,
         lambda n: n.bit_length() - 1 + (n.bit_count() > 1)),
     Way("hierarchical, √N groups", {"color": "C2"}, Hierarchical, {}, nobody, (256, 64), hierarchical,
         lambda n: math.isqrt(n) + 1 - 2 / math.isqrt(n)),

@@ -13,6 +13,7 @@ these.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import random
@@ -243,6 +244,7 @@ def _top(frame: FrameType) -> str:
     return _name(frame).partition(".")[0]
 
 
+@functools.cache
 def _is_guarded(name: str) -> bool:
     if _is_in(name, _SIMULATION):
         return True

@@ -76,12 +76,13 @@ class NetworkModel:
         noise: how far a block's time varies: evenly by ± this share.
         nodes_bytes_per_s: node -> its own `bytes_per_s`.
         codec_message_s, codec_byte_s: processor seconds of the receiver besides, for what its
-            codec makes of a message: it adds what has come, and the like. A worker's own blocks
-            are handed to its codec, too, and each of their bytes takes as long.
-        least_s: seconds of a block and of an evaluation besides, whatever their size.
+            codec makes of a message: it adds what has come, and the like. A worker's own block
+            takes as long for each byte, and for each tensor group but the first.
+        least_s: seconds of a block besides, whatever its size.
         weight_s: seconds of a block per parameter besides, whatever its samples: the optimizer.
-        step_s: seconds of a block that are no computing: a session's own work.
+        step_s: seconds of a block that are no computing: a session's and a codec's own work.
         wake_s: processor seconds until a worker that has waited for others goes on.
+        evaluation_s: seconds of an evaluation besides, whatever its size: to report it, and more.
         hop_s: seconds to a thread and back, for blocks that are too long for the event loop, for
             evaluations and for a codec's heavy work.
         cores: that all nodes share, being on one machine; None: nobody waits for another's work.
@@ -106,6 +107,7 @@ class NetworkModel:
     weight_s: float = 0.0
     step_s: float = 0.0
     wake_s: float = 0.0
+    evaluation_s: float = 0.0
     hop_s: float = 0.0
     cores: int | None = None
     slow: Mapping[int, float] = field(default_factory=dict)

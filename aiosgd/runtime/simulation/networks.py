@@ -32,6 +32,7 @@ A file has these tables and keys, all of them optional; whatever it leaves out i
     weight_ns = 0               # of a block besides, per parameter
     step_us = 0                 # of a block, but no computing
     wake_us = 0                 # until a worker that has waited goes on
+    evaluation_us = 0           # of an evaluation besides
     hop_us = 0                  # to a thread and back
     noise = 0.1                 # how far a block's time varies, as a share of it
     stragglers = {3 = 4.0}      # workers that are so many times slower
@@ -144,6 +145,7 @@ COMPUTE_KEYS: Mapping[str, Key] = {
     "weight_ns": Key("weight_s", 1e-9, most=1e9),
     "step_us": Key("step_s", 1e-6, most=1e9),
     "wake_us": Key("wake_s", 1e-6, most=1e9),
+    "evaluation_us": Key("evaluation_s", 1e-6, most=1e9),
     "hop_us": Key("hop_s", 1e-6, most=1e9),
     "noise": Key("noise", most=1),
 }

@@ -124,6 +124,11 @@ class Player:
         row = self.next
         return row[2] if row is not None and row[0] == Kind.MESSAGE else None
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether this node goes no further: its record does, or somebody waits for a turn."""
+        return self.next is not None or bool(self._turns)
+
     # what the session calls
 
     def mailbox(self, group: int) -> Mailbox:

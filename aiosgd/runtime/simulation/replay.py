@@ -109,7 +109,6 @@ def _read_job(folder: Path) -> JobConfig:
         job,
         codec=kept.get(job.codec, job.codec),
         server_codec=kept.get(job.server_codec or "", job.server_codec),
-        step_timeout=NEVER_S,
     )
 
 
@@ -118,7 +117,7 @@ class Stage:
     """The nodes of a recorded run.
 
     Attributes:
-        load: the job's plugins.
+        load: the job's plugins; steps never time out but as recorded.
         records: node -> its record.
         whole: whether the run came to its end.
         debugged: the node whose hooks run under a debugger, if any.
@@ -133,6 +132,10 @@ class Stage:
     report: Report
     sessions: dict[int, Session] = dataclasses.field(default_factory=dict)
     _players: dict[int, Player] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        job = dataclasses.replace(self.load.job, step_timeout=NEVER_S)
+        self.load = dataclasses.replace(self.load, job=job)
 
     def play(self) -> None:
         """Play the records to their end.
@@ -230,13 +233,13 @@ class Stage:
 
     def _stuck(self) -> Player:
         """Return the node that does not go on: who waits for a message waits for its sender."""
-        waiting = {node: one for node, one in self._players.items() if one.next is not None}
+        stuck = {node: one for node, one in self._players.items() if one.is_stuck}
+        node: int | None = next(iter(stuck or self._players))
         seen: list[int] = []
-        node: int | None = next(iter(waiting or self._players))
-        while node in waiting and node not in seen:
+        while node is not None and (node in stuck or not seen) and node not in seen:
             seen.append(node)
-            node = waiting[node].waits_for
-        return self._players[seen[-1]] if seen else next(iter(self._players.values()))
+            node = self._players[node].waits_for
+        return self._players[seen[-1]]
 
     def tables(self) -> tuple[Any, Any]:
         """Return the rows of all workers, of training and of evaluations."""

@@ -54,11 +54,13 @@ class StreamLoop(VirtualLoop):
         super().__init__()
         self.internet: Internet | None = None
         self._held: list[_Handle] = []
+        self._kept: set[asyncio.Task[Any]] = set()  # what stands still, nobody may refer to
         self._holds = False
 
     def hold(self) -> None:
         """Keep what processes that are dead by now would do from happening, until `let_go`."""
         self._holds = True
+        self._kept |= asyncio.all_tasks(self)
         self._sweep()
 
     def let_go(self) -> None:
@@ -66,6 +68,7 @@ class StreamLoop(VirtualLoop):
         self._holds = False
         self._queue.extend(self._held)
         self._held.clear()
+        self._kept.clear()
 
     def _run_once(self) -> None:
         if self._holds:
@@ -117,13 +120,14 @@ class Internet:
 
     Attributes:
         machines: by name.
-        observer: called with a machine and True before, False after each thing that it sends or
-            that reaches it; it may kill the machine's process, or let the machine fail.
+        observer: called with a machine, a point and whether it is before it or after it. A point
+            is the number of a packet among those that the machine's processes send, or that reach
+            them. The observer may kill the machine's process, or let the machine fail.
     """
 
     def __init__(self, loop: StreamLoop, network: Network) -> None:
         self.machines: dict[str, Machine] = {}
-        self.observer: Callable[[Machine, bool], None] | None = None
+        self.observer: Callable[[Machine, int, bool], None] | None = None
         self.loop = loop
         self._network = network
         loop.internet = self
@@ -187,10 +191,10 @@ class Internet:
         self, here: Machine, there: Machine, size: int, arrive: Arrival, *, anyway: bool = False
     ) -> None:
         """Send a packet of a process; `anyway`: even if it is killed just before."""
-        self._observe(here, before=True)
+        point = self._before(here)
         if anyway or (here.process is not None and here.process.is_alive):
             self.carry(here, there, size, arrive)
-            self._observe(here, before=False)
+            self._after(here, point)
 
     def carry(self, here: Machine, there: Machine, size: int, arrive: Arrival) -> None:
         """Send a packet as a machine's system does, whatever its process is at."""
@@ -200,15 +204,23 @@ class Internet:
 
     def _arrive(self, machine: Machine, arrive: Arrival) -> None:
         if machine.is_up:
-            self._observe(machine, before=True)
-        if machine.is_up:  # still
-            arrive()
-            self._observe(machine, before=False)
+            point = self._before(machine)
+            if machine.is_up:  # still
+                arrive()
+                self._after(machine, point)
 
-    def _observe(self, machine: Machine, *, before: bool) -> None:
+    def _before(self, machine: Machine) -> int:
+        point = machine.points
+        if machine.process is not None and machine.process.is_alive:
+            machine.points += 1
+            if self.observer is not None:
+                self.observer(machine, point, True)
+        return point
+
+    def _after(self, machine: Machine, point: int) -> None:
         process = machine.process
         if self.observer is not None and process is not None and process.is_alive:
-            self.observer(machine, before)
+            self.observer(machine, point, False)
 
 
 class Machine:
@@ -218,6 +230,7 @@ class Machine:
         node: its id in the network.
         name: the host name that others know it by.
         is_up: whether it answers at all.
+        points: how many packets its processes have sent and taken.
         process: the one that runs, or the last one that ran.
     """
 
@@ -225,6 +238,7 @@ class Machine:
         self.node = node
         self.name = name
         self.is_up = True
+        self.points = 0
         self.process: Process | None = None
         self._internet = internet
         self._ports = itertools.count(FIRST_PORT)

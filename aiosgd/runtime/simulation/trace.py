@@ -21,8 +21,7 @@ class What(enum.IntEnum):
     CUT = 4
     HEAL = 5
     COMPUTE = 6
-    RESULT = 7
-    BREAK = 8
+    BREAK = 7
 
 
 class Event(NamedTuple):
@@ -32,10 +31,10 @@ class Event(NamedTuple):
         time_ns: virtual time.
         what: its kind.
         node: where: the sender, the receiver of a delivery is `peer`.
-        peer: the other node; for COMPUTE and RESULT the step.
+        peer: the other node; for COMPUTE how many blocks the node has computed.
         number: the message's place among those from `node` to `peer`, from 0 on; for COMPUTE the
             block.
-        size: bytes; for COMPUTE the nanoseconds that it takes.
+        size: bytes; for COMPUTE the CRC-32 of its value.
     """
 
     time_ns: int

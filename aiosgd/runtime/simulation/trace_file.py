@@ -200,9 +200,7 @@ def _said(event: Event | None) -> str:
         case What.DROP:
             said = f"{message} from {node} to {peer} is dropped"
         case What.COMPUTE:
-            said = f"{node} has computed block {event.number}"
-        case What.RESULT:
-            said = f"{node} has the result of step {event.peer}"
+            said = f"{node} has computed block {event.number} (checksum {event.size:08x})"
         case What.CRASH:
             said = f"{node} crashes"
         case What.BREAK:

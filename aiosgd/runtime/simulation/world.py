@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import zlib
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -212,22 +213,25 @@ class VirtualCompute:
         policy = world.load.job.compute.policy
         is_short = policy == "auto" and self._typical_s() <= INLINE_LIMIT
         self._in_thread = policy != "inline" and not is_short
-        self._more_s = self._model.step_s + self._model.codec_byte_s * 4 * world.load.model.size
-        if self._in_thread:
-            self._more_s += self._model.hop_s
+        self._more_s = self._besides_s()
 
     def _typical_s(self) -> float:
         return statistics.median(self._replayed_s) if self._replayed_s else self._block_s
+
+    def _besides_s(self) -> float:
+        """Return what a block takes beyond its computation."""
+        model, load = self._model, self._world.load
+        codec_s = model.codec_byte_s * 4 * load.model.size
+        codec_s += model.codec_message_s * (len(load.groups) - 1)
+        return model.step_s + codec_s + (model.hop_s if self._in_thread else 0.0)
 
     async def compute(self, function: Callable[..., T], *args: Any) -> T:
         """Run a training computation."""
         world, seconds = self._world, self._next_s()
         value = await self._work(seconds, function, *args)
         if isinstance(value, Computed):
-            cost = round(seconds * SECOND)
-            world.trace.add(
-                world.loop.time_ns(), What.COMPUTE, self._node, self._count, value.block, cost
-            )
+            now, crc = world.loop.time_ns(), zlib.crc32(value.value.data)
+            world.trace.add(now, What.COMPUTE, self._node, self._count, value.block, crc)
             return dataclasses.replace(value, seconds=seconds)
         return value
 
@@ -331,7 +335,7 @@ class World:
         block_s = model.least_s + sample_s * batch + model.weight_s * size
         if model.block_s is not None:
             sample_s, block_s = model.block_s / batch, model.block_s
-        evaluation_s = model.least_s + sample_s * len(load.data.test_y) / PASSES
+        evaluation_s = model.evaluation_s + sample_s * len(load.data.test_y) / PASSES
         slow = self.scenario.slow.get(node, 1.0) * load.job.compute.slow.get(str(node), 1.0)
         slow *= model.slow.get(node, 1.0)
         return slow * block_s, slow * evaluation_s

@@ -36,6 +36,7 @@ EVERYTHING = NetworkModel(
     weight_s=1e-9,
     step_s=5e-5,
     wake_s=6e-5,
+    evaluation_s=9e-5,
     hop_s=8e-5,
     cores=2,
     slow={3: 4.0, 0: 1.5},

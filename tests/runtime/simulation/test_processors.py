@@ -158,6 +158,25 @@ def test_what_a_step_takes_is_the_sum_of_its_parts(small_load):
     assert computed == pytest.approx(0.01 + size * 16 * 1e-9 + size * 1e-6)
 
 
+def test_a_codec_takes_as_long_for_its_own_block_as_for_anothers(small_load):
+    size = 4 * small_load.model.size
+    both = step_s(small_load, codec_byte_s=1e-6) - 0.001
+    assert 2 * size * 1e-6 <= both <= 2 * (size + 200) * 1e-6
+    groups = load(JobConfig(max_steps=6, batch_size=16, granularity="tensor"), 2, Folder())
+    assert len(groups.groups) == 4
+    assert step_s(groups, codec_message_s=0.004) == pytest.approx(0.001 + (3 + 4) * 0.004)
+
+
+def test_an_evaluation_takes_time_between_epochs(small_load):
+    job = JobConfig(epochs=3, batch_size=64)
+    two = load(job, 2, Folder())
+    assert two.steps == 33
+    plain, more = (
+        predict(two, 2, 0, model(evaluation_s=seconds)).train_s for seconds in (0.0, 0.5)
+    )
+    assert more - plain == pytest.approx(1.0)  # the last one is not part of training
+
+
 def test_only_long_blocks_hop_to_a_thread(small_load):
     assert step_s(small_load, hop_s=0.1) == pytest.approx(0.001)
     assert step_s(small_load, hop_s=0.1, block_s=0.002) == pytest.approx(0.102)
