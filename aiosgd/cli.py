@@ -311,6 +311,15 @@ def simulate(
     check: Annotated[
         bool, typer.Option("--check", help="Run twice, and tell where the second run differs.")
     ] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CLUSTER", help="Measure a cluster.toml's nodes; write a file for --network."
+        ),
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Predict a run, and show how far it is off.")
+    ] = None,
     sets: Sets = None,
     job_file: JobFile = None,
     data_dir: DataDir = None,
@@ -320,6 +329,12 @@ def simulate(
     """Run a job on virtual nodes in virtual time: the same results for the same options."""
     from aiosgd import aio
 
+    if calibrate is not None:
+        _calibrate(calibrate, options["output"])
+        return
+    if compare is not None:
+        _compare(compare, network, data_dir, as_json)
+        return
     if trace is not None and trace.exists():
         raise ConfigError(f"--trace {trace} exists already; nothing is ever overwritten")
     outcome = _run_to_end(
@@ -341,6 +356,52 @@ def simulate(
         _write_trace(trace, outcome)
     if check:
         _check_again(outcome)
+
+
+def _calibrate(path: Path, output: str | None) -> None:
+    """Measure a cluster and write what the simulator needs to be like it."""
+    from aiosgd.bench import calibrate
+    from aiosgd.bench.jobs import site
+    from aiosgd.runtime.config import load_cluster, make_job
+    from aiosgd.runtime.pool import keep_heap_warm
+    from aiosgd.runtime.simulation.networks import write_network
+
+    cluster = load_cluster(path)
+    file = Path(output or path.with_suffix(".network.toml"))
+    if file.exists():
+        raise ConfigError(f"{file} exists already; name another with --output FILE")
+    unix = make_job({}, (), cluster).wire.unix
+    keep_heap_warm()  # as a node does
+
+    async def work(display: Any) -> calibrate.Measured:
+        async with site(len(cluster.workers), len(cluster.servers), cluster) as place:
+            return await calibrate.measure(place, display.note, unix=unix)
+
+    measured = _shown(work, f"measuring the nodes of {path}", _loop_factory())
+    model = calibrate.fit(measured, file.name.partition(".")[0])
+    write_network(model, file, calibrate.comments(measured, calibrate.addresses(cluster)))
+    print(f"{file} describes these nodes: aiosgd simulate --network {file}")
+
+
+def _compare(folder: Path, network: str, data_dir: Path | None, as_json: bool) -> None:
+    """Simulate a run's job, and print what was predicted beside what was measured."""
+    from aiosgd.aio import default_data_dir
+    from aiosgd.display import comparison_text
+    from aiosgd.runtime.coordinator import code_files
+    from aiosgd.runtime.results import read_job
+    from aiosgd.runtime.simulation.compare import compare
+    from aiosgd.runtime.simulation.networks import load_network
+
+    copies = code_files(read_job(folder))
+    sources = {name: folder / "code" / copy for name, copy in copies.items()}
+    model = load_network(network)
+    comparison = compare(folder, model, data_dir or default_data_dir(), sources)
+    if comparison.warning:
+        print(f"aiosgd: {comparison.warning}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(comparison.to_dict()))
+    else:
+        print(comparison_text(comparison))
 
 
 def _write_trace(path: Path, outcome: Simulated) -> None:
@@ -647,6 +708,53 @@ def plugins(
             print(json.dumps(rows, indent=2) if as_json else catalogue.table(rows))
         case _:
             raise ConfigError(f"plugins takes one kind, not {' '.join(words or [])!r}")
+
+
+@app.command()
+@_reported
+def check(
+    codec: Annotated[str, typer.Argument(help="A codec: a name or FILE.py:CLASS.")],
+    *,
+    sets: Sets = None,
+    server_codec: Annotated[
+        str | None, typer.Option(help="What servers run; default: the codec's own server half.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=16, help="At most so many workers.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Orders of delivery for each mode.")] = 200,
+    case: Annotated[
+        str | None, typer.Option(help="Play this case alone, as a failure names it.")
+    ] = None,
+    report_dir: Annotated[
+        Path | None,
+        typer.Option("--report", help="Write check-…/ into this folder: report.json, charts."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Check a codec: its contract and its laws, in many orders of delivery, with faults.
+
+    What fails is made smaller, and shown with a command that replays it.
+    """
+    from aiosgd.check import report as reports
+    from aiosgd.check import runner
+    from aiosgd.check.checks import Options
+    from aiosgd.check.subject import load_subject
+
+    def told(outcome: runner.Outcome) -> None:
+        if not as_json:
+            print(*reports.outcome_lines(outcome), sep="\n", flush=True)
+
+    subject = load_subject(codec, sets or (), server_codec)
+    if case is None:
+        done = runner.check(subject, Options(workers=workers, seeds=seeds), told)
+    else:
+        done = runner.replay(subject, case, told)
+    folder = reports.write(done, report_dir) if report_dir else None
+    if as_json:
+        print(json.dumps(done.to_dict()))
+    else:
+        print(*reports.last_lines(done), *([f"report in {folder}"] if folder else []), sep="\n")
+    if not done.passed:
+        raise typer.Exit(1)
 
 
 # Benchmarks -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from aiosgd.runtime.job import ENDS, Phase, node_name
 
 if TYPE_CHECKING:
     from aiosgd.bench.rows import Report
+    from aiosgd.runtime.simulation.compare import Comparison
     from aiosgd.runtime.session import Evaluation, Progress
 
 # seconds between two plain lines
@@ -204,6 +205,19 @@ def bench_text(report: Report, machine: str) -> str:
     source = f"{report.work} on {machine}; medians of {report.rounds} rounds"
     warnings = [f"warning: {warning}" for warning in report.warnings]
     return "\n".join([*_lines(table), source, *warnings])
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """Return what was predicted of a run beside what was measured, as people read it."""
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    table.add_column(f"{comparison.run} on {comparison.network}", no_wrap=True)
+    for head in ("predicted", "measured", "error"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, share in comparison.errors.items():
+        show = size if name == "bytes_per_step" else duration
+        pair = (getattr(figures, name) for figures in (comparison.predicted, comparison.measured))
+        table.add_row(name, *map(show, pair), f"{share:+.1%}")
+    return "\n".join(_lines(table))
 
 
 def _lines(table: Table) -> list[str]:

@@ -10,7 +10,7 @@ from aiosgd.bench.calibrate import BlockFigures, ExchangeFigures, LinkFigures, M
 from aiosgd.bench.jobs import Site
 from aiosgd.bench.wire import Target
 from aiosgd.errors import ClusterError
-from aiosgd.runtime.config import Address, Cluster
+from aiosgd.runtime.config import Address, Cluster, Setting
 from aiosgd.runtime.simulation.network import NetworkModel, Path
 from aiosgd.runtime.simulation.networks import load_network, write_network
 
@@ -199,7 +199,8 @@ def short(monkeypatch):
 
 async def test_real_nodes_are_measured(cluster, tmp_path, short):
     said = []
-    two = Cluster(cluster.workers[:2], cluster.servers)
+    others = (Setting(("mode",), "async", "cluster.toml:9: [job] mode"),)
+    two = Cluster(cluster.workers[:2], cluster.servers, others)
     found = await calibrate.measure(Site(two, tmp_path), said.append, rounds=1)
     assert [one.node for one in found.links] == [0, 1, -1]
     assert all(one.over == "unix" for one in found.links)
@@ -211,6 +212,7 @@ async def test_real_nodes_are_measured(cluster, tmp_path, short):
         "parts": 4,
         "large": 1,
     }
+    assert all(one.options["codec"] == "plain" for one in found.exchanges.values())
     assert len(calibrate.comments(found, calibrate.addresses(two))) == 14
     assert f"the link to {two.workers[0]}" in said
     assert not list(tmp_path.iterdir())
@@ -232,6 +234,9 @@ async def test_a_node_that_is_busy_is_not_measured(cluster, tmp_path, monkeypatc
 
 
 async def test_a_node_that_does_not_answer_is_named(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "PATIENCE", 0.0)
+    async def late(*_):
+        raise TimeoutError  # as asyncio.timeout does
+
+    monkeypatch.setattr(calibrate, "_probe", late)
     with pytest.raises(ClusterError, match=f"{cluster.workers[0]}: to measure its link took over"):
         await calibrate.measure(Site(cluster, Folder(tmp_path)), lambda _: None)

@@ -154,7 +154,7 @@ async def measure(place: Site, note: Note, *, unix: bool = True, rounds: int = 3
     """Measure a cluster's links and machines; takes about a minute.
 
     Args:
-        place: the nodes.
+        place: the nodes; what the cluster sets for its jobs does not count.
         note: told how far it is.
         unix: whether jobs use unix sockets within a machine, see `[wire] unix`.
         rounds: how often each thing is measured; medians of them count.
@@ -163,6 +163,8 @@ async def measure(place: Site, note: Note, *, unix: bool = True, rounds: int = 3
         ClusterError: a node cannot be reached or measured.
         JobFailedError: one of the jobs failed.
     """
+    # the cluster's own defaults are for other jobs than these
+    place = dataclasses.replace(place, cluster=dataclasses.replace(place.cluster, job=()))
     targets, count = targets_of(place.cluster), len(place.cluster.workers)
     nodes = [i if i < count else count - 1 - i for i in range(len(targets))]
     links = []

@@ -49,7 +49,9 @@ class Case:
         for name, limit in LIMITS.items():
             low = 0 if name == "servers" else 1
             if not low <= getattr(self, name) <= limit:
-                raise ConfigError(f"--case: {name} is {getattr(self, name)}; expected {low}..{limit}")
+                raise ConfigError(
+                    f"--case: {name} is {getattr(self, name)}; expected {low}..{limit}"
+                )
         if not 1 <= self.redundancy <= self.workers:
             raise ConfigError(
                 f"--case: redundancy is {self.redundancy}; expected 1..{self.workers}, the workers"

@@ -141,7 +141,9 @@ def _contract_cases(subject: Subject, options: Options) -> Iterator[Case]:
     exchanges = [first, *(other for other in subject.codec.exchanges if other != first)]
     for mode, exchange in itertools.product(subject.modes, exchanges):
         for i, shape in enumerate(shapes(subject, options.workers)):
-            case = Case(check="contract", mode=mode, exchange=exchange, steps=3, schedule=i, **shape)
+            case = Case(
+                check="contract", mode=mode, exchange=exchange, steps=3, schedule=i, **shape
+            )
             yield case
             yield case.but(size=SMALL, schedule=i + 1)
 
@@ -375,7 +377,9 @@ def _judge_convergence(subject: Subject, case: Case) -> Verdict:
     best = optimum(make_samples(case, len(load.owners), noise=noise))
     whole = float(np.linalg.norm(load.initial() - best))
     ends = {worker: job.weights[worker] for worker in range(case.workers)}
-    left = {w: float(np.linalg.norm(end - best)) / whole for w, end in ends.items() if end is not None}
+    left = {
+        w: float(np.linalg.norm(end - best)) / whole for w, end in ends.items() if end is not None
+    }
     worker = max(left, key=lambda one: (np.isnan(left[one]), left[one]))
     note = f"{case.mode}: {left[worker]:.1e} of the way left after {case.steps} steps"
     if left[worker] <= TOLERANCE:
@@ -413,7 +417,9 @@ def _judge_traffic(subject: Subject, case: Case) -> Verdict:
     if math.isclose(per_step, declared, rel_tol=1e-6):
         return Verdict("", run, note)
     return Verdict(
-        f"a step sends {per_step:,.0f} bytes of arrays; its traffic() says {declared:,.0f}", run, note
+        f"a step sends {per_step:,.0f} bytes of arrays; its traffic() says {declared:,.0f}",
+        run,
+        note,
     )
 
 

@@ -24,9 +24,10 @@ T = TypeVar("T")
 Values: TypeAlias = Callable[[Case, int, int], Vector]  # case, step, block -> value
 
 # more messages per node, block and step than any exchange needs: what goes on has no end
-MESSAGES = 100
+MESSAGES = 40
+ENDLESS = "and no end"
 # callbacks of the loop per message, in a simulation with all its actors and links
-CALLBACKS = 50
+CALLBACKS = 20
 _VALUES, _INITIAL = 1, 2  # purposes of random numbers
 
 
@@ -132,7 +133,7 @@ def play_with(
         if one.kind == "result":
             taken.append((one.what, np.array(one.what)))
         if len(run.happened) > most:
-            raise LimitError(f"{most} messages, and no end; the codec answers its own answers")
+            raise LimitError(f"{most} messages, {ENDLESS}; the codec answers its own answers")
 
     async def main() -> None:
         cluster = _cluster(subject, case, run.initial, witness)

@@ -37,21 +37,19 @@ def failure_lines(failure: Failure) -> Iterator[str]:
 
 def text(report: Report) -> str:
     """Return a report as text."""
-    lines = [f"{report.codec}: {flaw}" for flaw in report.flaws]
-    for outcome in report.outcomes:
-        lines += outcome_lines(outcome)
-    return "\n".join([*lines, last_line(report)])
+    lines = [line for outcome in report.outcomes for line in outcome_lines(outcome)]
+    return "\n".join([*lines, *last_lines(report)])
 
 
-def last_line(report: Report) -> str:
-    """Return the verdict in one line."""
+def last_lines(report: Report) -> list[str]:
+    """Return what is wrong with the class itself, and the verdict in one line."""
     runs = sum(outcome.runs for outcome in report.outcomes)
     seconds = sum(outcome.seconds for outcome in report.outcomes)
     failed = [outcome.check for outcome in report.outcomes if not outcome.passed]
     if report.flaws:
-        return f"codec {report.codec} cannot be checked: its class is wrong"
+        return [*report.flaws, f"codec {report.codec} FAILED: its class is wrong; nothing was run"]
     verdict = f"FAILED: {', '.join(failed)}" if failed else "passed"
-    return f"codec {report.codec} {verdict}; {runs} runs in {seconds:.1f} s"
+    return [f"codec {report.codec} {verdict}; {runs} runs in {seconds:.1f} s"]
 
 
 def write(report: Report, folder: Path) -> Path:

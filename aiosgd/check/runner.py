@@ -10,6 +10,7 @@ from typing import Any
 
 from aiosgd.check.case import Case, parse
 from aiosgd.check.checks import Check, Options, checks_of
+from aiosgd.check.local import ENDLESS
 from aiosgd.check.shrink import shrink
 from aiosgd.check.story import Story
 from aiosgd.check.subject import Subject
@@ -146,11 +147,18 @@ def check(
         outcome = _outcome(checks[name], subject, options or Options(), seen)
         report.outcomes.append(outcome)
         told(outcome)
+        if any(ENDLESS in failure.error for failure in outcome.failures):
+            break  # each further run would take for ever, too
     return report
 
 
-def replay(subject: Subject, text: str) -> Report:
+def replay(subject: Subject, text: str, told: Callable[[Outcome], None] = lambda _: None) -> Report:
     """Play one case again, as a failure's command has it.
+
+    Args:
+        subject: the codec.
+        text: the case.
+        told: as in `check`.
 
     Raises:
         ConfigError: it is no case.
@@ -168,11 +176,10 @@ def replay(subject: Subject, text: str) -> Report:
         outcome.notes.append(verdict.note)
     if verdict.error:
         story = verdict.played.story
-        outcome.failures.append(
-            Failure(case, case, verdict.error, subject.command(case), story)
-        )
+        outcome.failures.append(Failure(case, case, verdict.error, subject.command(case), story))
     outcome.seconds = time.perf_counter() - started
     report.outcomes.append(outcome)
+    told(outcome)
     return report
 
 

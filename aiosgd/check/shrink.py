@@ -9,8 +9,8 @@ from aiosgd.check.case import Case
 from aiosgd.check.checks import Check, Verdict
 from aiosgd.errors import ConfigError
 
-BUDGET = 600
-"""Cases that are tried at most: a second or two of small ones."""
+BUDGET = 250
+"""Cases that are tried at most: a second of small ones."""
 FACTORS = ("workers", "servers", "redundancy", "steps", "size")
 
 Judge = Callable[[Case], Verdict]

@@ -68,7 +68,9 @@ class Job:
     @property
     def bits(self) -> dict[int, bytes]:
         """The bits of the workers' weights."""
-        return {node: w.tobytes() for node, w in self.weights.items() if node >= 0 and w is not None}
+        return {
+            node: w.tobytes() for node, w in self.weights.items() if node >= 0 and w is not None
+        }
 
 
 def simulate(subject: Subject, case: Case, *, noise: float = 0.0) -> Job:

@@ -13,9 +13,7 @@ from aiosgd.check.case import Case
 WIDTH = 40
 """Characters of a label's part at most."""
 
-Kind: TypeAlias = Literal[
-    "send", "deliver", "update", "result", "wait", "crash", "drop", "fail"
-]
+Kind: TypeAlias = Literal["send", "deliver", "update", "result", "wait", "crash", "drop", "fail"]
 
 
 class Moment(NamedTuple):

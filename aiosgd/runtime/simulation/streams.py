@@ -263,7 +263,7 @@ class Machine:
             raise RuntimeError(f"{self} runs a process already")
         self.is_up = True
         self.process = process = Process(self)
-        task = self._internet.loop.create_task(program, context=process.context())
+        process.task = task = self._internet.loop.create_task(program, context=process.context())
         task.add_done_callback(lambda _: self._exited(process))
         return task
 
@@ -297,6 +297,7 @@ class Process:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.is_alive = True
+        self.task: asyncio.Task[Any] | None = None  # asyncio itself keeps no task alive
         self.listeners: dict[int, Listener] = {}
         self.connections: dict[Connection, None] = {}
         self._context = contextvars.copy_context()

@@ -1,8 +1,10 @@
 """What was recorded plays again to the same bits, and what is no record of the run says so."""
 
+import asyncio
 import io
 import shutil
 import sys
+from pdb import Pdb
 
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import aiosgd
 from aiosgd.aio import default_data_dir
-from aiosgd.codecs.base import Codec, Envelope
+from aiosgd.codecs.base import Block, Codec, Envelope, Message
 from aiosgd.errors import CodecError, ConfigError, JobCancelledError, JobFailedError
 from aiosgd.runtime import results
-from aiosgd.runtime.record import Kind, Recorder
+from aiosgd.runtime.actor import Kept, Rescue
+from aiosgd.runtime.record import Kind, Recorder, row_of
 from aiosgd.runtime.session import Place
 from aiosgd.runtime.simulation.replay import TIMES, ReplayError, Stage, replay
+from aiosgd.runtime.simulation.stepping import stepped
 from tests.runtime import memory_transport
 
 ARRIVAL = '''
@@ -169,6 +173,14 @@ def test_a_recorded_job_plays_again_bit_for_bit(record, options, servers, codec,
         assert again.late == session.late
 
 
+def test_each_item_has_a_row_of_its_own():
+    message, value = Message(-1, 7, "content"), np.ones(1, np.float32)
+    assert row_of(2, message) == (Kind.MESSAGE, 2, -1, 7)
+    assert row_of(2, Kept(message)) == (Kind.KEPT, 2, -1, 7)
+    assert row_of(2, Block(4, 7, value, 1)) == (Kind.BLOCK, 2, 4, 7)
+    assert row_of(2, Rescue(7, None)) == (Kind.RESCUE, 2, 0, 7)
+
+
 @pytest.mark.parametrize("codec", [Arrival, Backup])
 def test_the_order_makes_a_difference_that_a_replay_must_get_right(record, codec):
     options = ASYNC if codec is Arrival else {}
@@ -215,17 +227,19 @@ class Threads(Arrival):
 
 def test_each_node_computes_with_as_many_blas_threads_as_it_had(record):
     _, records = record(ASYNC, codec=Threads)
-    records[1].number[0] = 2
+    for node, threads in ((0, 2), (1, 3), (2, 2)):
+        records[node].number[0] = threads
     with threadpool_limits(1, user_api="blas"):
         stage = play(records, ASYNC, codec=Threads)
         assert blas_threads() == {1}
     seen = {node: one._actors[0].codec.seen for node, one in stage.sessions.items()}
-    assert seen == {0: {1}, 1: {2}, 2: {1}}
+    assert seen == {0: {2}, 1: {3}, 2: {2}}
 
 
 class Raising(Arrival):
     async def receive(self, message):
         if self.ctx.node == 1 and message.step == 4:
+            await asyncio.sleep(0.5)
             raise ValueError("enough")
         await super().receive(message)
 
@@ -381,7 +395,7 @@ def server_run(submitted):
 def file_run(submitted, tmp_path_factory):
     file = tmp_path_factory.mktemp("code") / "arrival.py"
     file.write_text(ARRIVAL)
-    run = submitted(codec=f"{file}:Arrival", workers=3, **ASYNC)
+    run = submitted(codec=f"{file}:Arrival", workers=3, granularity="tensor", **ASYNC)
     file.write_text("the author went on")
     return run
 
@@ -471,6 +485,14 @@ def test_other_parameters_at_the_end_are_found_and_other_versions_named(server_r
         again(folder)
 
 
+def test_other_evaluations_are_found(server_run, copy_of):
+    folder = copy_of(server_run)
+    table = folder / "eval.csv"
+    table.write_text(table.read_text().rpartition(",")[0] + ",0.25\n")
+    with pytest.raises(ReplayError, match=r"accuracy was 0\.25 in the run; here it is 0\."):
+        again(folder)
+
+
 def test_a_run_that_did_not_end_says_so_at_its_end(server_run, copy_of):
     folder = copy_of(server_run)
     summary = folder / "summary.json"
@@ -512,7 +534,6 @@ def debug(monkeypatch, capsys, file_run):
 
 
 def test_the_debugger_stops_at_each_hooks_first_line(debug, file_run):
-    tracer = sys.gettrace()
     rows = results.read_record(file_run.folder / "nodes" / "2")
     outcome, out = debug("p self.ctx.node * 1000 + self.ctx.step", *["c"] * len(rows))
     assert "code/arrival.py(14)update()\n-> self.add(block.value)" in out
@@ -520,7 +541,27 @@ def test_the_debugger_stops_at_each_hooks_first_line(debug, file_run):
     assert out.count("update()\n") == np.sum(rows.kind == Kind.BLOCK)
     assert out.count("receive()\n") == np.sum(rows.kind == Kind.MESSAGE)
     check_equal(file_run, outcome)
-    assert sys.gettrace() is tracer
+
+
+def test_a_codec_under_the_debugger_is_like_itself_and_others_may_trace():
+    def tracer(*_):
+        return None
+
+    before, commands = sys.gettrace(), io.StringIO("c\n")
+    under = stepped(Backup, Pdb(stdin=commands, stdout=io.StringIO(), nosigint=True))
+    assert (under.__name__, under.__module__) == ("Backup", Backup.__module__)
+    assert under.rescue is Codec.rescue
+    codec = under()
+    codec.values = []
+    sys.settrace(tracer)
+    try:
+        with pytest.raises(StopIteration):
+            codec.receive(Message(1, 0, 5)).__await__().send(None)
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
+    assert codec.values == [5]
+    assert commands.read() == ""
 
 
 class Waiting(Codec):

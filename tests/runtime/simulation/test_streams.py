@@ -3,8 +3,13 @@
 import asyncio
 import contextlib
 import errno
+import functools
+import gc
+import inspect
 import socket
 import ssl
+import threading
+import weakref
 
 import pytest
 
@@ -39,21 +44,24 @@ class World:
 def simulated(test):
     """Run a test as the program that looks on from outside; what it starts must end with it."""
 
+    @functools.wraps(test)
     def run(*args, **kwargs):
         async def main():
             world = World()
+            errors = []
+            world.loop.set_exception_handler(lambda _, context: errors.append(context))
             try:
                 async with asyncio.timeout(1000):
                     await test(world, *args, **kwargs)
             finally:
                 world.internet.close()
+            assert not errors
 
         with asyncio.Runner(loop_factory=StreamLoop) as runner:
             runner.run(main())
 
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    run.__module__ = test.__module__
-    run.pytestmark = getattr(test, "pytestmark", [])
+    signature = inspect.signature(test)
+    run.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
     return run
 
 
@@ -84,6 +92,7 @@ class Recorder(asyncio.BufferedProtocol):
 
     def resume_writing(self):
         self.calls.append("resume")
+        self.left = self.transport.get_write_buffer_size()
 
     def connection_lost(self, error):
         self.calls.append(type(error).__name__ if error else "lost")
@@ -174,6 +183,20 @@ async def test_who_does_not_read_stops_the_sender_and_starts_it_again(world):
     assert len(b.data) == 4 * WINDOW
     assert a.calls == ["made", "pause", "resume"]
     assert a.transport.get_write_buffer_limits() == (0, 0)
+
+
+@simulated
+async def test_writing_goes_on_once_no_more_than_the_low_mark_waits(world):
+    a, b = await connected(world)
+    a.transport.set_write_buffer_limits(high=2 * WINDOW, low=WINDOW // 2)
+    a.transport.write(bytes(3 * WINDOW))
+    assert a.calls == ["made"]  # one window has left
+    a.transport.write(b"x")
+    assert a.calls == ["made", "pause"]
+    await asyncio.sleep(1)
+    assert a.calls == ["made", "pause", "resume"]
+    assert 0 < a.left <= WINDOW // 2
+    assert len(b.data) == 3 * WINDOW + 1
 
 
 @simulated
@@ -269,8 +292,11 @@ async def test_a_silent_machine_lets_callers_wait(world):
     assert world.loop.time() == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize("patience", [0.5 * LATENCY, 1.5 * LATENCY])
 @simulated
-async def test_a_caller_that_gives_up_breaks_the_connection_that_came_about_meanwhile(world):
+async def test_a_caller_that_gives_up_breaks_the_connection_that_came_about_meanwhile(
+    world, patience
+):
     accepted = []
 
     async def serve():
@@ -283,7 +309,7 @@ async def test_a_caller_that_gives_up_breaks_the_connection_that_came_about_mean
 
     async def call():
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.5 * LATENCY):
+            async with asyncio.timeout(patience):
                 await asyncio.get_running_loop().create_connection(Recorder, "b", PORT)
         await forever()
 
@@ -391,6 +417,22 @@ async def test_bytes_that_nobody_read_reset_the_connection(world):
 
 
 @simulated
+async def test_who_does_not_read_hears_of_a_reset_when_it_writes(world):
+    a, b = await connected(world)
+    a.transport.pause_reading()
+    b.transport.pause_reading()
+    a.transport.write(b"unread")
+    await asyncio.sleep(1)
+    b.transport.abort()
+    await asyncio.sleep(1)
+    assert a.calls == ["made"]
+    a.transport.write(b"more")
+    assert a.transport.is_closing()
+    await asyncio.sleep(1)
+    assert a.calls == ["made", "ConnectionResetError"]
+
+
+@simulated
 async def test_bytes_to_a_closed_end_reset_the_connection(world):
     a, b = await connected(world)
     b.transport.close()
@@ -463,9 +505,19 @@ async def test_a_machine_that_fails_is_not_heard_of(world):
     a.transport.write(b"last words")
     world.a.fail()
     a.transport.write(b"of the dead")
+    a.transport.close()
     b.transport.write(b"hello?")
     await asyncio.sleep(500)
     assert (b.data, b.calls, a.data, a.calls) == (b"last words", ["made"], b"", ["made"])
+
+
+@simulated
+async def test_what_a_dead_process_waits_for_is_kept(world):
+    task = weakref.ref(world.a.start(forever()))  # for something that nobody knows of
+    await asyncio.sleep(1)
+    world.a.kill()
+    gc.collect()
+    assert task() is not None
 
 
 @simulated
@@ -647,6 +699,14 @@ def test_a_crash_before_a_packet_leaves_takes_it_along_and_one_after_does_not(
     test()
 
 
+@simulated
+async def test_a_process_that_is_killed_before_it_calls_is_never_heard_of(world):
+    world.internet.observer = lambda machine, *point: machine.kill()
+    exchange(world)
+    await asyncio.sleep(1)
+    assert (world.a.points, world.b.points) == (1, 0)
+
+
 # Beside the system's own ------------------------------------------------------------------------
 
 
@@ -685,8 +745,6 @@ async def test_a_conversation_goes_as_over_loopback(world):
     def real():
         with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
             return runner.run(conversation("127.0.0.1", 0))
-
-    import threading
 
     result = []
     thread = threading.Thread(target=lambda: result.append(real()))
