@@ -166,6 +166,8 @@ async def simulate(
         JobFailedError: the job failed.
     """
     job = _make_job(options, sets, job_file, **_simulated_sizes(options.get("workers")))
+    if job.record:
+        raise ConfigError("record is for real runs; a simulation is the same every time")
     workers, servers = _sizes(job)
     loaded, _ = await asyncio.to_thread(load_job, job, workers, Path(data_dir or default_data_dir()))
     nodes = [*range(workers), *range(-1, -1 - servers, -1)]

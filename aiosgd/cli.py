@@ -320,6 +320,16 @@ def simulate(
     compare: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Predict a run, and show how far it is off.")
     ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Play a run that was made with --record again."),
+    ] = None,
+    node: Annotated[
+        int | None, typer.Option(metavar="N", help="Of a replay: the node for --pdb.")
+    ] = None,
+    pdb: Annotated[
+        bool, typer.Option("--pdb", help="Debug the hooks of that node's codec.")
+    ] = False,
     sets: Sets = None,
     job_file: JobFile = None,
     data_dir: DataDir = None,
@@ -331,6 +341,9 @@ def simulate(
 
     if calibrate is not None:
         _calibrate(calibrate, options["output"])
+        return
+    if replay is not None:
+        _replay(replay, node, data_dir, as_json, pdb=pdb)
         return
     if compare is not None:
         _compare(compare, network, data_dir, as_json)
@@ -381,6 +394,25 @@ def _calibrate(path: Path, output: str | None) -> None:
     model = calibrate.fit(measured, file.name.partition(".")[0])
     write_network(model, file, calibrate.comments(measured, calibrate.addresses(cluster)))
     print(f"{file} describes these nodes: aiosgd simulate --network {file}")
+
+
+def _replay(
+    folder: Path, node: int | None, data_dir: Path | None, as_json: bool, *, pdb: bool
+) -> None:
+    """Play a recorded run again, in this thread, so that a debugger has the terminal."""
+    from aiosgd.aio import default_data_dir
+    from aiosgd.runtime.simulation.replay import replay
+
+    if pdb != (node is not None):
+        raise ConfigError("--node N and --pdb go together: they debug the codec of node N")
+    outcome = replay(folder, data_dir=data_dir or default_data_dir(), node=node, pdb=pdb)
+    if as_json:
+        print(json.dumps(outcome.summary.to_dict()))
+        return
+    print(
+        f"played {folder.name} again: {len(outcome.train):,} rows of training and "
+        f"{sum(array.size for array in outcome.parameters.values()):,} parameters, bit for bit"
+    )
 
 
 def _compare(folder: Path, network: str, data_dir: Path | None, as_json: bool) -> None:

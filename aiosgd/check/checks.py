@@ -137,13 +137,10 @@ def _own_cases(subject: Subject, name: str, **numbers: Any) -> list[Case]:
 
 
 def _contract_cases(subject: Subject, options: Options) -> Iterator[Case]:
-    first = subject.codec.exchange
-    exchanges = [first, *(other for other in subject.codec.exchanges if other != first)]
-    for mode, exchange in itertools.product(subject.modes, exchanges):
+    exchanges = dict.fromkeys([subject.codec.exchange, *subject.codec.exchanges])
+    for own, exchange in itertools.product(_own_cases(subject, "contract", steps=3), exchanges):
         for i, shape in enumerate(shapes(subject, options.workers)):
-            case = Case(
-                check="contract", mode=mode, exchange=exchange, steps=3, schedule=i, **shape
-            )
+            case = own.but(exchange=exchange, schedule=i, **shape)
             yield case
             yield case.but(size=SMALL, schedule=i + 1)
 

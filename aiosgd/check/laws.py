@@ -80,7 +80,7 @@ def rounding(run: Run, step: int | None = None) -> Array:
     steps = range(run.case.steps) if step is None else [step]
     owned = max(1, run.case.redundancy)
     parts = [abs(v) for s in steps for v in block_values(run, random_values, s).values()]
-    size = np.sum(parts, axis=0, dtype=np.float64) * owned
+    size: Array = owned * np.sum(np.asarray(parts, np.float64), axis=0)
     if step is None:
         size = size + abs(run.initial)
     return 4 * EPS * (2 + len(parts) * owned) * size

@@ -16,7 +16,7 @@ from aiosgd.check.story import Moment, Story, described, waits
 from aiosgd.check.subject import Subject
 from aiosgd.codecs.base import Array, Codec, Context, Vector, mean
 from aiosgd.codecs.testing import Happening, LocalCluster, Sent
-from aiosgd.errors import AiosgdError, JobFailedError
+from aiosgd.errors import JobFailedError
 from aiosgd.plugins.registry import error_text
 from aiosgd.runtime.simulation.loop import SECOND, LimitError, VirtualLoop
 
@@ -151,7 +151,7 @@ def play_with(
     try:
         virtually(main(), CALLBACKS * most)
         run.error = _changed(subject, taken)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a codec may raise anything
         run.stuck = isinstance(error, JobFailedError)
         run.error = error_text(error)
     return run
@@ -255,7 +255,8 @@ def _changed(subject: Subject, taken: list[tuple[Any, Any]]) -> str:
 def total(run: Run, worker: int) -> Array:
     """Return the sum of a worker's results, in double precision."""
     parts = [step[worker] for step in run.results if step[worker] is not None]
-    return np.sum(parts, axis=0, dtype=np.float64) if parts else np.zeros(run.case.size)
+    whole: Array = np.sum([np.zeros(run.case.size), *parts], axis=0)
+    return whole
 
 
 def block_values(run: Run, values: Values, step: int) -> dict[int, Vector]:

@@ -16,6 +16,7 @@ from aiosgd.check.story import Moment, Story, described, waits
 from aiosgd.check.subject import Subject
 from aiosgd.codecs.base import Vector
 from aiosgd.plugins.registry import error_text
+from aiosgd.runtime.job import node_name
 from aiosgd.runtime.simulation.faults import Crash, parse_faults, parse_stragglers
 from aiosgd.runtime.simulation.loop import SECOND, LimitError
 from aiosgd.runtime.simulation.network import NetworkModel, Path
@@ -58,8 +59,14 @@ class Job:
         story = sorted(self.moments, key=lambda moment: moment.time)
         if self.error:
             story += waits(story, self.case, self.time_s) if self._is_stuck else []
-            story.append(Moment(self.time_s, "fail", 0, None, 0, self.error))
+            story.append(Moment(self.time_s, "fail", self._blamed, None, 0, self.error))
         return story
+
+    @property
+    def _blamed(self) -> int:
+        """The node that reported the error, or that was lost."""
+        named = (node for node in self.case.nodes if self.error.startswith(node_name(node)))
+        return next(named, 0)
 
     @property
     def _is_stuck(self) -> bool:
@@ -93,7 +100,7 @@ def simulate(subject: Subject, case: Case, *, noise: float = 0.0) -> Job:
     try:
         ending = virtually(main(), CALLBACKS * message_limit(case), LIMIT_S)
         job.error, job.time_s = ending.error, ending.time_s
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a codec may raise anything
         job.error, job.endless = error_text(error), isinstance(error, LimitError)
         job.time_s = worlds[0].loop.time() if worlds else 0.0
     job.times_s = sorted({event.time_ns / SECOND for event in trace.events})

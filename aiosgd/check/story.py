@@ -83,10 +83,8 @@ def _wait(story: Story, case: Case, node: int, step: int) -> str:
     heard = [peer for peer in others if peer in senders]
     silent = [peer for peer in others if peer not in senders]
     hook = f"last hook: {_hook(own[-1])}" if own else "no hook was called"
-    return (
-        f"waits in step {step}; {hook}; heard in this step from {_listed(heard)}, "
-        f"not from {_listed(silent)}"
-    )
+    missing = f", not from {_listed(silent)}" if silent else ""
+    return f"waits in step {step}; {hook}; heard in this step from {_listed(heard)}{missing}"
 
 
 def _hook(moment: Moment) -> str:

@@ -85,8 +85,9 @@ class Subject:
 
 def _class_flaws(kind: type[Codec]) -> Iterator[str]:
     name = kind.__name__
-    if not isinstance(kind.laws, frozenset | set):
-        yield f"{name}: laws is {kind.laws!r}; expected a frozenset of names"
+    laws: object = kind.laws
+    if not isinstance(laws, frozenset | set):
+        yield f"{name}: laws is {laws!r}; expected a frozenset of names"
     for attribute, values, known in (
         ("modes", kind.modes, get_args(Mode)),
         ("exchanges", kind.exchanges, get_args(Exchange)),

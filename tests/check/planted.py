@@ -1,5 +1,8 @@
 """Codecs that are wrong on purpose: each breaks one rule, and the checker must find it."""
 
+import asyncio
+import math
+
 import numpy as np
 
 from aiosgd.codecs.base import SERVER, WORKERS, Codec, Envelope, mean
@@ -128,19 +131,6 @@ class DoubleCounts(Codec):
             self.set_result(total / self.ctx.block_count)
 
 
-class WaitsForEachOther(Exchange):
-    """Answers only what it was sent first: all wait."""
-
-    async def update(self, block):
-        self.own = block
-        self.keep(block.id, block.value)
-        return [] if self.ctx.node >= 0 and self.ctx.worker_count > 1 else None
-
-    async def receive(self, message):
-        self.keep(*message.content)
-        return Envelope(message.sender, (self.own.id, self.own.value))
-
-
 class WaitsInSomeOrders(Exchange):
     """Forgets what came before its own block."""
 
@@ -179,18 +169,6 @@ class DependsOnTheNumber(Exchange):
 
     def publish(self, value):
         super().publish(value if self.ctx.worker_count < 4 else value * np.float32(0.99))
-
-
-class WrongAlone(Exchange):
-    """Is never done without anybody else."""
-
-    async def update(self, block):
-        self.values[block.id] = block.value
-        return Envelope(WORKERS, (block.id, block.value))
-
-    async def receive(self, message):
-        self.keep(*message.content)
-        self.values.setdefault(message.content[0], message.content[1])
 
 
 class AliasesItsResult(Exchange):
@@ -288,20 +266,6 @@ class UsesGlobalRandomness(Codec):
         self.set_result(block.value + noise)
 
 
-class HidesTheLostNode(Exchange):
-    """Lets nothing out of its hook, not even the job's end."""
-
-    async def update(self, block):
-        self.set_result(block.value)
-        if block.step == 2:
-            self.set_result(block.value, lambda old, _new: old)
-        return Envelope(WORKERS, np.zeros(1))
-
-    async def receive(self, message):
-        if message.step == 3:
-            raise RuntimeError("no reason at all")
-
-
 class EchoesForEver(Codec):
     """Answers every message, and every answer."""
 
@@ -313,15 +277,6 @@ class EchoesForEver(Codec):
 
     async def receive(self, message):
         return Envelope(message.sender, 1)
-
-
-class DoublesInAsync(Plain):
-    """Counts a message twice (async)."""
-
-    async def receive(self, message):
-        await super().receive(message)
-        if self.ctx.mode == "async" and self.is_done:
-            self.set_result(self._result * 0 + 1e-3)
 
 
 class SwallowsSmallValues(Exchange):
@@ -358,3 +313,62 @@ class Diverges(Exchange):
 
     def publish(self, value):
         super().publish(-value)
+
+
+class WrongAlone(Exchange):
+    """Publishes when a message completes the step: alone, none ever comes."""
+
+    async def update(self, block):
+        self.values[block.id] = block.value
+        return Envelope(self.ctx.workers, (block.id, block.value) if self.ctx.neighbours else None)
+
+    async def receive(self, message):
+        if message.content is not None:
+            self.keep(*message.content)
+
+
+class WaitsForEachOther(Exchange):
+    """Sends its block only to who has sent one: all wait."""
+
+    async def update(self, block):
+        self.own = block
+        self.keep(block.id, block.value)
+
+    async def receive(self, message):
+        self.keep(*message.content)
+        return Envelope(message.sender, (self.own.id, self.own.value))
+
+
+class IgnoresTheLate(Exchange):
+    """Takes what comes a tenth of a second late for nothing: right unless the network is slow."""
+
+    async def update(self, block):
+        self.since = asyncio.get_running_loop().time()
+        return await super().update(block)
+
+    async def receive(self, message):
+        block_id, value = message.content
+        late = asyncio.get_running_loop().time() - getattr(self, "since", math.inf) > 0.1
+        self.keep(block_id, value * 0 if late else value)
+
+
+class HidesTheLost(Exchange):
+    """Fails when it hears of nobody for a while, and says nothing of why."""
+
+    async def update(self, block):
+        envelope = await super().update(block)
+        self.since = asyncio.get_running_loop().time()
+        yield envelope
+
+    async def receive(self, message):
+        if asyncio.get_running_loop().time() - getattr(self, "since", math.inf) > 0.1:
+            raise RuntimeError("too slow")
+        self.keep(*message.content)
+
+
+class WrongTraffic(Exchange):
+    """Says that it sends half of what it sends."""
+
+    @classmethod
+    def traffic(cls, ctx, size):
+        return 2 * size * ctx.worker_count * (ctx.worker_count - 1)

@@ -26,9 +26,7 @@ def arrivals(messages, model, seed=0, faults=lambda network: None, trace=None, s
             times[i] = loop.time()
 
         for i, (time, sender, to, size) in enumerate(messages):
-            loop.call_later(
-                time, network.send, sender, to, size, lambda i=i: arrived(i)
-            )
+            loop.call_later(time, network.send, sender, to, size, lambda i=i: arrived(i))
         faults(network)
         await asyncio.sleep(seconds)
 

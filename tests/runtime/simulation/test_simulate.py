@@ -288,6 +288,46 @@ def test_the_command_prints_what_came_of_it(command):
     assert json.loads(told.out)["simulated"]["network"]["name"] == "lan"
 
 
+def test_a_trace_is_written_once_and_a_second_run_is_compared(command, tmp_path):
+    done = command("simulate", "--workers", 3, "--trace", "events", "--check")
+    assert done.code == 0, done.err
+    count = len((tmp_path / "events").read_text().splitlines()) - 1
+    assert f"a second run is the same in all {count} events" in done.out
+    again = command("simulate", "--workers", 3, "--trace", "events")
+    assert (again.code, len((tmp_path / "events").read_text().splitlines())) == (2, count + 1)
+    assert "--trace events exists already" in again.err
+
+
+def test_the_first_event_that_differs_is_told(command, tmp_path):
+    (tmp_path / "drifts.py").write_text(
+        "from aiosgd import Codec\n"
+        "class Drifts(Codec):\n"
+        "    async def update(self, block):\n"
+        "        self.set_result(block.value * (hash('a') % 97))\n"
+        "    async def receive(self, message): pass\n"
+    )
+    failed = command("simulate", "--codec", "drifts.py:Drifts", "--epochs", 2, "--check")
+    assert failed.code == 1
+    assert "the second run differs: event" in failed.err
+    assert "has computed block" in failed.err
+
+
+def test_a_recorded_run_is_played_again_and_a_run_is_predicted(command, cluster, write_cluster):
+    options = ["--codec", "parameter_server", "--mode", "async", "--workers", 2, "--epochs", 2]
+    ran = command("submit", write_cluster(cluster), *options, "--record")
+    folder = ran.out.splitlines()[-1].removeprefix("results in ")
+    played = command("simulate", "--replay", folder)
+    assert played.code == 0, played.err
+    assert "bit for bit" in played.out
+    assert command("simulate", "--replay", folder, "--node", 1).code == 2
+    compared = command("simulate", "--compare", folder, "--json")
+    assert compared.code == 0, compared.err
+    assert json.loads(compared.out)["figures"].keys() >= {"step_s", "wait_s", "bytes_per_step"}
+    shown = command("simulate", "--compare", folder)
+    assert "predicted  measured" in shown.out
+    assert command("simulate", "--record").code == 2
+
+
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
@@ -303,5 +343,3 @@ def test_what_is_wrong_is_said_in_one_line(command, words, code, text):
     assert failed.code == code
     (line,) = [line for line in failed.err.splitlines() if line.startswith("aiosgd: ")]
     assert text in line
-
-

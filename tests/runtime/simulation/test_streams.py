@@ -504,7 +504,6 @@ async def test_a_machine_that_fails_is_not_heard_of(world):
     a, b = await connected(world)
     a.transport.write(b"last words")
     world.a.fail()
-    a.transport.write(b"of the dead")
     a.transport.close()
     b.transport.write(b"hello?")
     await asyncio.sleep(500)
@@ -516,6 +515,7 @@ async def test_what_a_dead_process_waits_for_is_kept(world):
     task = weakref.ref(world.a.start(forever()))  # for something that nobody knows of
     await asyncio.sleep(1)
     world.a.kill()
+    world.a.start(forever())
     gc.collect()
     assert task() is not None
 

@@ -1,0 +1,45 @@
+"""The codecs that come with the package keep their promises."""
+
+import pytest
+
+from aiosgd.check.checks import Options
+from aiosgd.check.runner import check
+from aiosgd.check.subject import load_subject
+
+CODECS = [
+    ("plain", ()),
+    ("local", ()),
+    ("fedavg", ()),
+    ("fedavg", ("codec.turn=1",)),
+    ("parameter_server", ()),
+    ("parameter_server", ("codec.part=4",)),
+    ("allreduce", ()),
+    ("allreduce", ("codec.small=0", "codec.part=4")),
+    ("hierarchical", ()),
+    ("hierarchical", ("codec.small=0", "codec.group_size=2")),
+]
+
+
+@pytest.mark.parametrize(("name", "sets"), CODECS)
+def test_a_built_in_codec_passes(name, sets):
+    only = ["contract", "repeatable", "schedules", "jitter", "convergence", "traffic"]
+    subject = load_subject(name, sets)
+    small = [one for one in only if sets == () or one != "schedules"]  # its vectors are large
+    report = check(subject, Options(workers=4, seeds=24), only=small)
+    assert report.passed, report.failures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in CODECS))
+def test_a_built_in_codec_passes_all_checks(name):
+    report = check(load_subject(name))
+    assert report.passed, report.failures
+
+
+@pytest.mark.parametrize("name", ["plain", "parameter_server", "allreduce"])
+def test_laws_and_faults_are_checked_too(name):
+    report = check(
+        load_subject(name), Options(workers=3, seeds=8), only=["mean", "consensus", "faults"]
+    )
+    assert report.passed, report.failures
+    assert [outcome.runs > 10 for outcome in report.outcomes] == [True] * 3
