@@ -36,7 +36,6 @@ from aiosgd.runtime.simulation.world import Scenario
 from aiosgd.runtime.toml_source import TomlSource
 from aiosgd.runtime.workload import file_codecs, is_file_codec, load_codecs
 
-
 SIMULATED_WORKERS = 100
 SIMULATED_SAMPLES = 1000
 """Of a simulated job unless it says otherwise: workers, and samples of all of them per step."""
@@ -165,11 +164,13 @@ async def simulate(
         ConfigError, PluginError: the job is wrong.
         JobFailedError: the job failed.
     """
-    job = _make_job(options, sets, job_file, **_simulated_sizes(options.get("workers")))
+    job = _make_job(options, sets, job_file, **_simulated_sizes(options))
     if job.record:
         raise ConfigError("record is for real runs; a simulation is the same every time")
     workers, servers = _sizes(job)
-    loaded, _ = await asyncio.to_thread(load_job, job, workers, Path(data_dir or default_data_dir()))
+    loaded, _ = await asyncio.to_thread(
+        load_job, job, workers, Path(data_dir or default_data_dir())
+    )
     nodes = [*range(workers), *range(-1, -1 - servers, -1)]
     scenario = Scenario(
         network=network if isinstance(network, NetworkModel) else load_network(network),
@@ -183,8 +184,9 @@ async def simulate(
     return await _in_thread(simulation, observer or Silent())
 
 
-def _simulated_sizes(workers: object) -> dict[str, int]:
+def _simulated_sizes(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the default numbers of workers and of samples per block."""
+    workers = options.get("workers")
     count = workers if type(workers) is int and workers > 0 else SIMULATED_WORKERS
     share = min(JobConfig.batch_size, max(1, SIMULATED_SAMPLES // count))
     return {"workers": SIMULATED_WORKERS, "batch_size": share}

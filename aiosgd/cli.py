@@ -459,7 +459,7 @@ def _check_again(outcome: Simulated) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace"
         words = _without(sys.argv[1:], "--check", "--trace")
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - this very command
             [sys.executable, "-m", "aiosgd", *words, "--trace", path, "--output", folder],
             env={**os.environ, "PYTHONHASHSEED": str(hash("aiosgd") % 4_000_000_000)},
             stdout=subprocess.DEVNULL,

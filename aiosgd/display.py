@@ -16,8 +16,8 @@ from aiosgd.runtime.job import ENDS, Phase, node_name
 
 if TYPE_CHECKING:
     from aiosgd.bench.rows import Report
-    from aiosgd.runtime.simulation.compare import Comparison
     from aiosgd.runtime.session import Evaluation, Progress
+    from aiosgd.runtime.simulation.compare import Comparison
 
 # seconds between two plain lines
 LINE_INTERVAL = 2.0

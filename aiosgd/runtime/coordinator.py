@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime as dt
+import functools
 import hashlib
 import secrets
 import socket
@@ -475,7 +476,7 @@ class Coordinator:
         return {
             "node": node,
             "sources": [name for name, _ in self.sources],
-            "plugins": self._plugins(),
+            "plugins": self._plugins,
             "files": self._files(),
         }
 
@@ -492,6 +493,7 @@ class Coordinator:
             "initial": self.initial,
         }
 
+    @functools.cached_property  # to look them up costs milliseconds, and each node is told
     def _plugins(self) -> list[list[str]]:
         return [
             [entry.kind, entry.name, entry.distribution, entry.version]
@@ -530,7 +532,7 @@ class Coordinator:
         return {
             "job_id": self.job_id,
             "code": code or None,
-            "plugins": [f"{kind} {name}: {dist} {v}" for kind, name, dist, v in self._plugins()],
+            "plugins": [f"{kind} {name}: {dist} {v}" for kind, name, dist, v in self._plugins],
             "nodes": {str(node): str(address) for node, address in self.nodes.items()},
             "steps": self.load.steps,
         }

@@ -3,6 +3,7 @@
 python flower_simulation.py CLIENTS ROUNDS   prints the seconds of the rounds after the first
 """
 
+import itertools
 import json
 import sys
 import time
@@ -48,4 +49,4 @@ run_simulation(
     num_supernodes=CLIENTS,
     backend_config={"client_resources": {"num_cpus": 1}},
 )
-print(json.dumps({"rounds": [b - a for a, b in zip(ENDS, ENDS[1:], strict=False)]}), flush=True)
+print(json.dumps({"rounds": [b - a for a, b in itertools.pairwise(ENDS)]}), flush=True)

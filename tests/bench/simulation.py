@@ -116,19 +116,14 @@ async def simulated(case: Case, name: str, job: Mapping[str, Any], steps: int = 
     return [seconds / steps]
 
 
-async def flower(clients: int) -> list[float]:
+async def flower(python: str, clients: int) -> list[float]:
     """Run Flower's engine; return the seconds of its rounds after the first."""
-    facts = await child(PEERS, str(HERE / "flower_simulation.py"), str(clients), str(ROUNDS))
+    facts = await child(python, str(HERE / "flower_simulation.py"), str(clients), str(ROUNDS))
     return list(facts["rounds"])
 
 
-PEERS = sys.executable
-
-
 async def main() -> None:
-    global PEERS
     options = parser(__doc__, rounds=3).parse_args()
-    PEERS = options.peers
     rows = []
     for work, job in jobs(options).items():
         case = Case(work)
@@ -140,7 +135,7 @@ async def main() -> None:
     job["codec_params"] = {"turn": 1}
     contestants = {"aiosgd": functools.partial(simulated, case, "aiosgd", job, ROUNDS)}
     if has(options.peers, "flwr") and has(options.peers, "ray"):
-        contestants["flower"] = functools.partial(flower, clients)
+        contestants["flower"] = functools.partial(flower, options.peers, clients)
     await case.run(contestants, rounds_of(options), warm_up=False)
     for name, times in case.times.items():
         case.more.setdefault(name, {})["clients/s"] = clients / sorted(times)[len(times) // 2]

@@ -20,7 +20,7 @@ BUGS = [
     ("EchoesForEver", "contract", 2, 1, "and no end"),
     ("UsesGlobalRandomness", "repeatable", 1, 1, "all randomness comes from"),
     ("SumsInstead", "mean", 2, 1, "expected"),
-    ("ForgetsABlock", "mean", 3, 1, "expected"),
+    ("ForgetsABlock", "mean", 4, 1, "expected"),
     ("DoubleCounts", "mean", 2, 1, ""),
     ("PublishesEarly", "mean", 3, 1, "expected"),
     ("DependsOnTheNumber", "mean", 4, 1, "expected"),

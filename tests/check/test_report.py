@@ -15,7 +15,7 @@ from aiosgd.check.laws import LAWS
 from aiosgd.check.subject import load_subject, subject_of
 from aiosgd.codecs.plain import Plain
 from aiosgd.errors import PluginError
-from aiosgd.testing import assert_codec, simulated
+from aiosgd.testing import assert_codec, sim_cluster  # noqa: F401 - a fixture
 
 FEW = ("--workers", "3", "--seeds", "20")
 BROKEN = f"{Path(planted.__file__)}:WaitsInSomeOrders"
@@ -106,12 +106,12 @@ def test_assert_codec_shows_the_report():
         assert_codec(planted.SumsInstead, workers=2, seeds=4)
 
 
-def test_a_simulated_job_has_an_outcome():
-    job = simulated("parameter_server", workers=3, slow="1:5")
+def test_a_simulated_job_has_an_outcome(sim_cluster):  # noqa: F811
+    job = sim_cluster("parameter_server", workers=3, slow="1:5")
     assert (job.error, len(set(job.bits.values()))) == ("", 1)
     assert set(job.weights) == {0, 1, 2, -1}
     assert job.bytes_sent > 0
-    lost = simulated("plain", workers=3, faults="crash:1@0.003")
+    lost = sim_cluster("plain", workers=3, faults="crash:1@0.003")
     assert lost.error == "worker 1 lost: node 1 closed its link"
     assert [moment.node for moment in lost.story if moment.kind == "crash"] == [1]
 

@@ -132,7 +132,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     # callbacks
 
-    def call_soon(
+    def call_soon(  # type: ignore[override]
         self,
         callback: Callable[..., object],
         *args: Any,
@@ -143,9 +143,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._queue.append(handle)
         return handle
 
-    call_soon_threadsafe = call_soon  # there is one thread; a signal handler may call, too
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]  # there is one thread; a signal handler may call, too
 
-    def call_later(
+    def call_later(  # type: ignore[override]
         self,
         delay: float,
         callback: Callable[..., object],
@@ -156,7 +156,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         when = self._now + max(0, round(delay * SECOND))
         return self._call_at(when, 0, callback, args, context or contextvars.copy_context())
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self,
         when: float,
         callback: Callable[..., object],

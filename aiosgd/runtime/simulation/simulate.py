@@ -30,7 +30,6 @@ from aiosgd.runtime.simulation.trace import Trace
 from aiosgd.runtime.simulation.world import Ending, Scenario, World
 from aiosgd.runtime.workload import Workload
 
-
 Cancel: TypeAlias = Callable[[], object]
 
 

@@ -8,9 +8,10 @@ the state machine of real jobs, and takes no time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import zlib
 import statistics
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,7 +123,8 @@ class VirtualTransport:
                 continue
             self.bytes_sent += size
             self._outstanding[node] += 1
-            self._network.send(self.node, node, size, _Delivery(self, node, received, size))
+            arrival = _Delivery(self.node, self._world.transports[node], received, size)
+            self._network.send(self.node, node, size, arrival)
         return size * sum(node != self.node for node in to)
 
     def take(self, sender: int, content: Any, size: int) -> None:
@@ -187,12 +189,11 @@ class _Delivery:
 
     __slots__ = ("content", "sender", "size", "to")
 
-    def __init__(self, sender: VirtualTransport, to: int, content: Any, size: int) -> None:
+    def __init__(self, sender: int, to: VirtualTransport, content: Any, size: int) -> None:
         self.sender, self.to, self.content, self.size = sender, to, content, size
 
     def __call__(self) -> None:
-        world = self.sender._world
-        world.transports[self.to].take(self.sender.node, self.content, self.size)
+        self.to.take(self.sender, self.content, self.size)
 
 
 class VirtualCompute:
@@ -372,10 +373,8 @@ class World:
         def failed(error: Exception) -> None:
             self._fail(node, error)
 
-        try:
+        with contextlib.suppress(Exception):  # `failed` has heard of it
             await session.run(failed)
-        except Exception:  # noqa: BLE001 - `failed` has heard of it
-            pass
 
     async def _end(self) -> None:
         """Stop everything that still runs."""

@@ -57,8 +57,8 @@ JOB = {
     "compute": {"policy": "inline"},
 }
 
-# what can happen: how often heartbeats and timeouts let it last, in seconds, until the submitter has
-# its answer and the living nodes are free; a node that is not there is tried for again for 5 s
+# seconds from a fault until the submitter has its answer and all living nodes are free: a broken
+# link tells at once, silence is noticed by heartbeats, an absent node is tried for again for 5 s
 AT_ONCE, SILENCE, ABSENT = 0.1, 6.2, 6.2
 PATIENCE = {"kill": AT_ONCE, "silence": SILENCE, "cut": SILENCE, "rift": SILENCE, "blink": SILENCE}
 LASTS = {"cut": 8.0, "rift": 8.0, "blink": 3.0}

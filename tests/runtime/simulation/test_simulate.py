@@ -195,14 +195,11 @@ def test_a_codec_that_waits_for_ever_ends_with_the_step_timeout(runs, tmp_path):
 
 def test_cancelling_leaves_a_cancelled_run(runs):
     async def main():
-        work = asyncio.ensure_future(
-            aio.simulate(workers=3, epochs=1_000_000, output=runs, observer=Watch(lambda: begun()))
-        )
         loop, event = asyncio.get_running_loop(), asyncio.Event()
-
-        def begun():
-            loop.call_soon_threadsafe(event.set)
-
+        watch = Watch(lambda: loop.call_soon_threadsafe(event.set))
+        work = asyncio.ensure_future(
+            aio.simulate(workers=3, epochs=1_000_000, output=runs, observer=watch)
+        )
         await event.wait()
         work.cancel()
         with pytest.raises(asyncio.CancelledError):
