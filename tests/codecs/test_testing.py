@@ -739,3 +739,64 @@ async def test_every_order_of_four_events_is_reached():
     two = ("block", "message"), ("message", "block")
     # a message cannot come before the block that it was made of was handed in, on both sides
     assert orders == set(itertools.product(two, two)) - {(two[1], two[1])}
+
+
+# what a checker of codecs needs ---------------------------------------------------------------
+
+
+async def test_a_schedule_decides_the_order_and_leaves_the_random_numbers():
+    class Draws(Recorder):
+        def start(self):
+            super().start()
+            self.drawn = self.ctx.rng.random()
+
+    async def play(schedule):
+        cluster = LocalCluster(Draws, workers=3, seed=5, schedule=schedule)
+        await cluster.run(lambda step, block: 0.0, steps=3)
+        order = tuple(tuple(codec.events) for codec in cluster.codecs.values())
+        return order, [codec.drawn for codec in cluster.codecs.values()]
+
+    plays = [await play(schedule) for schedule in range(10)]
+    assert len({order for order, _ in plays}) > 5
+    assert all(drawn == plays[0][1] for _, drawn in plays)
+
+
+async def test_a_witness_sees_both_ends_of_each_message():
+    seen = []
+    cluster = LocalCluster(Plain, workers=2, witness=seen.append)
+    cluster.begin({0: [1.0], 1: [3.0]})
+    for place in ((None, 1), (1, 0), (None, 0), (0, 1)):
+        await cluster.deliver(*place)
+    assert [(one.kind, one.node, one.peer, one.step, one.number) for one in seen] == [
+        ("update", 1, None, 0, 0),
+        ("send", 1, 0, 0, 1),
+        ("deliver", 0, 1, 0, 1),
+        ("update", 0, None, 0, 0),
+        ("send", 0, 1, 0, 2),
+        ("result", 0, None, 0, 0),
+        ("deliver", 1, 0, 0, 2),
+        ("result", 1, None, 0, 0),
+    ]
+    assert seen[0].what.id == 1
+    assert seen[-1].what == [2.0]
+
+
+async def test_a_witness_sees_what_comes_too_late():
+    seen = []
+    cluster = LocalCluster(FirstWins, workers=2, witness=seen.append)
+    cluster.begin({0: [1.0], 1: [2.0]})
+    for place in ((None, 0), (None, 1), (1, 0)):
+        await cluster.deliver(*place)
+    assert seen[-1][:4] == ("drop", 0, 1, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_blocks_may_depend_on_the_results_before(seed):
+    cluster = LocalCluster(Plain, workers=2, seed=seed)
+
+    def feed(worker, step):
+        before = cluster.results[step - 1][worker][0] if step else 0.0
+        return {worker: [before + worker]}
+
+    results = await cluster.train(feed, 4)
+    assert [one[0].tolist() for one in results] == [[0.5], [1.0], [1.5], [2.0]]

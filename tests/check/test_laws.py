@@ -1,0 +1,121 @@
+"""Each law holds for a codec that keeps it, and is broken by one that does not."""
+
+import planted
+import pytest
+
+from aiosgd.check.case import Case
+from aiosgd.check.laws import LAWS, expanded
+from aiosgd.check.local import play
+from aiosgd.check.runner import check
+from aiosgd.check.simulated import simulate
+from aiosgd.check.subject import subject_of
+from aiosgd.codecs.fedavg import FedAvg
+from aiosgd.codecs.local import Local
+from aiosgd.codecs.parameter_server import ParameterServer, Server
+from aiosgd.codecs.plain import Plain
+
+
+class ForgetsToKeep(Server):
+    """Keeps half of what it tells its workers."""
+
+    def weights(self):
+        return self.state - (self.state - self.ctx.initial) / 2
+
+
+class HalfKept(ParameterServer):
+    server = ForgetsToKeep
+
+
+class Twice(Local):
+    """Counts its own blocks twice."""
+
+    def set_result(self, value, operation=None):
+        super().set_result(2 * value, operation)
+
+
+LAW_CASES = [
+    ("mean", Plain, planted.SumsInstead),
+    ("sum", planted.SumsInstead, Plain),
+    ("own", Local, Twice),
+    ("consensus", Plain, Local),
+    ("final", FedAvg, Local),
+    ("single", Plain, Twice),
+    ("zero", Plain, planted.OutOfNothing),
+    ("scale", Plain, planted.OutOfNothing),
+    ("kept", ParameterServer, HalfKept),
+]
+
+
+def verdict(name, codec, mode):
+    law, subject = LAWS[name], subject_of(codec)
+    servers = int(subject.server is not None)
+    case = Case(
+        check=name,
+        mode=mode,
+        exchange=codec.exchange,
+        workers=law.workers or 3,
+        servers=servers,
+        steps=3,
+        size=3,
+    )
+    run = play(subject, case, law.values)
+    assert not run.error
+    return law.judge(subject, run)
+
+
+@pytest.mark.parametrize(("name", "keeps", "breaks"), LAW_CASES)
+def test_a_law_tells_who_keeps_it_from_who_breaks_it(name, keeps, breaks):
+    assert verdict(name, keeps, "sync") == ""
+    assert verdict(name, breaks, "sync") != ""
+
+
+@pytest.mark.parametrize("name", ["mean", "consensus", "kept"])
+def test_async_laws_hold_at_the_end(name):
+    assert verdict(name, ParameterServer, "async") == ""
+
+
+@pytest.mark.parametrize(("name", "codec"), [("kept", HalfKept), ("consensus", Local)])
+def test_async_laws_can_be_broken(name, codec):
+    assert verdict(name, codec, "async") != ""
+
+
+def test_every_law_but_first_come_is_tried_here():
+    assert {name for name, *_ in LAW_CASES} == set(LAWS) - {"first-come"}
+
+
+def test_laws_bring_what_they_imply():
+    assert expanded({"consensus", "mean"}) == ("mean", "consensus", "single", "zero")
+
+
+def test_who_may_depend_on_who_comes_first_is_not_checked_for_order():
+    class Hasty(planted.AddsInArrivalOrder):
+        laws = frozenset({"mean", "first-come"})
+
+    report = check(subject_of(Hasty), only=["schedules", "jitter"])
+    assert report.passed, report.failures
+
+
+def test_what_comes_after_the_last_result_is_handled_too():
+    class FailsLate(Plain):
+        async def receive(self, message):
+            await super().receive(message)
+            if message.content["block"] == 1:
+                raise RuntimeError("late trouble")
+
+        async def update(self, block):
+            self.set_result(block.value)
+            return await Plain.update(self, block)
+
+        def add(self, step, block_id, payload):
+            pass
+
+    assert "late trouble" in play(subject_of(FailsLate), Case(check="contract")).error
+
+
+def test_jitter_and_the_schedule_decide_when_a_simulated_job_ends():
+    subject, case = subject_of(Plain), Case(check="jitter", steps=3)
+    calm = {simulate(subject, case.but(schedule=i)).time_s for i in range(3)}
+    late = {simulate(subject, case.but(schedule=i, jitter=0.005)).time_s for i in range(3)}
+    assert len(calm) == 1
+    assert len(late) == 3
+    assert min(late) > max(calm)
