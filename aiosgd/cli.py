@@ -517,7 +517,8 @@ def _leave_now(text: str, code: int) -> NoReturn:
     """End this process at once, whatever still runs in it."""
     import os
 
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # whoever read it may be gone
+        print(text, file=sys.stderr, flush=True)
     os._exit(code)
 
 

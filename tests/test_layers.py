@@ -111,7 +111,9 @@ def test_imports_go_downward_only(module):
     own = [name for name in imports(MODULES[module]) if name.split(".")[0] == "aiosgd"]
     for other in own:
         assert other in MODULES
-        same_room = family(other) == family(module) and module.count(".") >= family(module).count(".") + 1
+        same_room = (
+            family(other) == family(module) and module.count(".") >= family(module).count(".") + 1
+        )
         in_folder = other.startswith(f"{module}.")
         assert same_room or in_folder or layer(other) < layer(module), f"{module} -> {other}"
 

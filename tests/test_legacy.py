@@ -30,7 +30,9 @@ def context(node=0, **facts):
 
 
 async def collect(hook):
-    return [envelope async for envelope in base.envelopes(hook)]
+    sent = []
+    await base.pass_on(hook, sent.append)
+    return sent
 
 
 def block(value=(1.0,), id=0):

@@ -326,8 +326,11 @@ class Codec:
         accepts_late: whether `receive` wants messages of steps that this node has left behind
             (a relay may still have to pass them on); otherwise they are counted and logged.
         compresses: whether it calls `ctx.compress`; a job's compressor is refused otherwise.
-        laws: names of the laws that the codec promises to keep.
+        laws: names of the laws that the codec promises to keep; `aiosgd check` tests them.
         Params: its parameters, a frozen dataclass; a codec without has none.
+        traffic: optional, a class method `(ctx, size) -> float`: the bytes of arrays that all nodes
+            together send to others per step, on average over `ctx.steps` and without a compressor,
+            for a vector of `size` elements. `aiosgd check` compares it with what is sent.
     """
 
     exchange: ClassVar[Exchange] = "gradients"
@@ -462,14 +465,6 @@ async def pass_on(hook: Any, send: Callable[[Envelope], None]) -> int:
         send(_checked(envelope))
         count += 1
     return count
-
-
-async def envelopes(hook: Any) -> AsyncIterator[Envelope]:
-    """Yield what a hook sends; see `pass_on`."""
-    sent: list[Envelope] = []
-    await pass_on(hook, sent.append)
-    for envelope in sent:
-        yield envelope
 
 
 def _checked(envelope: object) -> Envelope:

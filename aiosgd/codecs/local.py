@@ -15,6 +15,8 @@ class Local(Codec):
     Law: equals n single runs, one per worker.
     """
 
+    laws = frozenset({"own"})
+
     def start(self) -> None:
         """Begin without blocks; each step replaces those of the step before."""
         self.blocks: dict[int, Array] = {}

@@ -138,7 +138,7 @@ class ParameterServer(Codec):
     exchanges = ("updates",)
     server = Server
     compresses = True
-    laws = frozenset({"mean", "consensus"})
+    laws = frozenset({"mean", "consensus", "kept"})
     Params = ParameterServerParams
 
     def start(self) -> None:

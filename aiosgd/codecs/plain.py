@@ -16,8 +16,8 @@ class Plain(Codec):
     step for n workers and redundancy r.
 
     With redundancy the first copy of a block counts, and nobody waits for another worker's. Copies
-    are equal unless the compressor has memory or draws random numbers; with one of those, take
-    redundancy 1.
+    are equal unless the compressor has memory or draws random numbers, or, in async mode, because
+    each owner computes a block on weights of its own; then take redundancy 1.
 
     In async mode the mean of a step is published when its last block arrives, however late; a
     worker applies the sum of what was published since its last step. No block is lost or counted

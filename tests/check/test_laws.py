@@ -9,6 +9,7 @@ from aiosgd.check.local import play
 from aiosgd.check.runner import check
 from aiosgd.check.simulated import simulate
 from aiosgd.check.subject import subject_of
+from aiosgd.codecs.base import WORKERS, Envelope
 from aiosgd.codecs.fedavg import FedAvg
 from aiosgd.codecs.local import Local
 from aiosgd.codecs.parameter_server import ParameterServer, Server
@@ -96,18 +97,16 @@ def test_who_may_depend_on_who_comes_first_is_not_checked_for_order():
 
 
 def test_what_comes_after_the_last_result_is_handled_too():
-    class FailsLate(Plain):
-        async def receive(self, message):
-            await super().receive(message)
-            if message.content["block"] == 1:
-                raise RuntimeError("late trouble")
+    class FailsLate(Local):
+        accepts_late = True
 
         async def update(self, block):
-            self.set_result(block.value)
-            return await Plain.update(self, block)
+            await super().update(block)
+            return Envelope(WORKERS, None)
 
-        def add(self, step, block_id, payload):
-            pass
+        async def receive(self, message):
+            if message.step < self.ctx.step:
+                raise RuntimeError("late trouble")
 
     assert "late trouble" in play(subject_of(FailsLate), Case(check="contract")).error
 

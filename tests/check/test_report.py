@@ -15,7 +15,7 @@ from aiosgd.check.laws import LAWS
 from aiosgd.check.subject import load_subject, subject_of
 from aiosgd.codecs.plain import Plain
 from aiosgd.errors import PluginError
-from aiosgd.testing import assert_codec, sim_cluster  # noqa: F401 - a fixture
+from aiosgd.testing import assert_codec
 
 FEW = ("--workers", "3", "--seeds", "20")
 BROKEN = f"{Path(planted.__file__)}:WaitsInSomeOrders"
@@ -106,7 +106,7 @@ def test_assert_codec_shows_the_report():
         assert_codec(planted.SumsInstead, workers=2, seeds=4)
 
 
-def test_a_simulated_job_has_an_outcome(sim_cluster):  # noqa: F811
+def test_a_simulated_job_has_an_outcome(sim_cluster):
     job = sim_cluster("parameter_server", workers=3, slow="1:5")
     assert (job.error, len(set(job.bits.values()))) == ("", 1)
     assert set(job.weights) == {0, 1, 2, -1}

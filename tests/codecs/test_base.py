@@ -8,8 +8,8 @@ from aiosgd.codecs.base import (
     Codec,
     Context,
     Envelope,
-    envelopes,
     mean,
+    pass_on,
 )
 from aiosgd.errors import CodecError
 
@@ -234,7 +234,9 @@ async def yields(*values):
 
 
 async def collect(hook):
-    return [envelope async for envelope in envelopes(hook)]
+    sent = []
+    assert await pass_on(hook, sent.append) == len(sent)
+    return sent
 
 
 @pytest.mark.parametrize(
@@ -280,11 +282,8 @@ async def test_envelopes_come_one_by_one_as_the_hook_yields_them():
         reached.append(2)
         yield TWO
 
-    stream = envelopes(hook())
-    assert await anext(stream) is ONE
-    assert reached == [1]
-    assert await anext(stream) is TWO
-    assert reached == [1, 2]
+    await pass_on(hook(), reached.append)
+    assert reached == [1, ONE, 2, TWO]
 
 
 # mean -----------------------------------------------------------------------------------------

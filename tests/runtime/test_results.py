@@ -279,7 +279,7 @@ SUMMARY = Summary(
 def test_summary_has_the_fields_of_the_documentation():
     assert list(SUMMARY.to_dict()) == [
         *("job_id", "state", "error", "metrics", "nodes", "steps", "epochs", "samples", "wall_s"),
-        *("train_s", "samples_per_s", "bytes_sent", "bytes_received", "per_node"),
+        *("train_s", "samples_per_s", "bytes_sent", "bytes_received", "per_node", "simulated"),
     ]
 
 

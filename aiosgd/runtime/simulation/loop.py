@@ -341,4 +341,7 @@ def run_virtually(main: Coroutine[Any, Any, T], *, seconds: float | None = None)
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         loop = cast("VirtualLoop", runner.get_loop())
         loop.time_limit_ns = None if seconds is None else round(seconds * SECOND)
-        return runner.run(main)
+        try:
+            return runner.run(main)
+        finally:
+            loop.event_limit = loop.time_limit_ns = None  # what is left is cancelled in order
