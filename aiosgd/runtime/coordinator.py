@@ -350,6 +350,9 @@ class Coordinator:
                 ended.append(_end_of(self._sockets[node]))
         if ended:
             await asyncio.wait(ended, timeout=FAREWELL)
+            for link in self._sockets.values():
+                link.abort()  # of a node that is too slow to say goodbye
+            await asyncio.sleep(0)
 
     def _deliver(self, node: int, content: Any, size: int) -> None:
         self._links[node].consumed(node)
