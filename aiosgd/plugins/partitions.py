@@ -99,11 +99,14 @@ class Dirichlet(Partition):
     A small alpha gives each worker few classes and workers of very different sizes; a large one
     comes close to `iid`.
 
+    Draws that leave a worker with too little are repeated. With hundreds of workers none may do:
+    then those with too little get samples at random, each from the worker that has most.
+
     Source: Hsu, Qi and Brown 2019, 1909.06335; drawn per class instead of per client, so that
     every sample is used, as in Yurochkin et al., ICML 2019, 1905.12022.
     """
 
-    DRAWS: ClassVar[int] = 1000  # a few seconds at most
+    DRAWS: ClassVar[int] = 100
 
     @dataclass(frozen=True)
     class Params:
@@ -111,7 +114,7 @@ class Dirichlet(Partition):
 
         Attributes:
             alpha: concentration; above 0.
-            minimum: samples that each worker must get; draws with fewer are repeated.
+            minimum: samples that each worker must get.
         """
 
         alpha: float = 0.5
@@ -132,11 +135,7 @@ class Dirichlet(Partition):
             ends = self._ends(sizes, workers, rng)
             if np.diff(ends, axis=1, prepend=0).sum(axis=0).min() >= minimum:
                 return _dealt(labels, ends, rng)
-        raise ConfigError(
-            f"partition dirichlet: none of {self.DRAWS} draws gave each of {workers} workers "
-            f"{minimum} of {len(labels)} samples; raise partition.alpha "
-            f"(it is {self.params.alpha}) or take fewer workers"
-        )
+        return _mended(_dealt(labels, ends, rng), minimum, rng)
 
     def _ends(self, sizes: npt.NDArray[np.intp], workers: int, rng: np.random.Generator) -> Indices:
         """Return where each worker's part of each class ends; (classes, workers)."""
@@ -151,6 +150,18 @@ def _dealt(labels: Labels, ends: Indices, rng: np.random.Generator) -> list[Indi
         for label, cuts in zip(np.unique(labels), ends, strict=True)
     ]
     return [np.sort(np.concatenate(own)) for own in zip(*parts, strict=True)]
+
+
+def _mended(parts: list[Indices], minimum: int, rng: np.random.Generator) -> list[Indices]:
+    """Give each worker the minimum: one sample after the other, from whoever has most then."""
+    owned = [list(part) for part in parts]
+    counts = np.array([len(own) for own in owned])
+    for poor, own in enumerate(owned):
+        while len(own) < minimum:
+            rich = int(counts.argmax())
+            own.append(owned[rich].pop(rng.integers(counts[rich])))
+            counts[[poor, rich]] += 1, -1
+    return [np.sort(np.array(own, np.int64)) for own in owned]
 
 
 def _check_counts(name: str, samples: int, workers: int, least: int) -> None:

@@ -130,11 +130,15 @@ def test_dirichlet_gives_everyone_the_minimum(minimum, seed):
     assert min(map(len, split(partition, labels_of(1000, seed=seed), 8, seed))) >= minimum
 
 
-def test_dirichlet_gives_up_when_no_draw_fits(monkeypatch):
-    monkeypatch.setattr(Dirichlet, "DRAWS", 20)
-    partition = Dirichlet(Dirichlet.Params(alpha=1e-3))
-    with pytest.raises(ConfigError, match=r"none of 20 draws .* 50 workers 1 of 100 .*alpha"):
-        split(partition, labels_of(100), 50)
+@pytest.mark.parametrize(("workers", "minimum"), [(50, 1), (50, 2), (100, 1)])
+def test_dirichlet_gives_everyone_the_minimum_even_where_no_draw_does(workers, minimum):
+    partition = Dirichlet(Dirichlet.Params(alpha=1e-3, minimum=minimum))
+    parts = split(partition, labels_of(100), workers, 1)
+    assert min(map(len, parts)) == minimum
+    assert sorted(np.concatenate(parts).tolist()) == list(range(100))
+    assert [part.tolist() for part in parts] == [
+        part.tolist() for part in split(partition, labels_of(100), workers, 1)
+    ]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
