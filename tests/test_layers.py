@@ -36,7 +36,9 @@ LAYERS = [
 # never import what does or waits for anything: time is an input, randomness is a generator
 PURE = ["runtime/frame.py", "runtime/handshake.py", "runtime/job.py", "runtime/toml_source.py"]
 PURE += [
-    "plugins/compressors.py",
+    "plugins/compressors/base.py",
+    "plugins/compressors/casts.py",
+    "plugins/compressors/chain.py",
     "plugins/optimizers.py",
     "plugins/models.py",
     "plugins/partitions.py",

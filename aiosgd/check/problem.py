@@ -10,7 +10,7 @@ from aiosgd.check.case import Case
 from aiosgd.check.subject import Subject
 from aiosgd.codecs.base import Vector
 from aiosgd.plugins.assignments import Iid
-from aiosgd.plugins.compressors import NoCompression
+from aiosgd.plugins.compressors.casts import NoCompression
 from aiosgd.plugins.datasets.base import Data
 from aiosgd.plugins.models import Labels, Model
 from aiosgd.plugins.optimizers import Sgd
@@ -104,8 +104,7 @@ def make_workload(subject: Subject, case: Case, *, noise: float = 0.0) -> Worklo
         server_codec=subject.server,
         server_params=server_params,
         exchange=case.exchange,
-        compressor=NoCompression,
-        compressor_params=make_params(NoCompression, {}, "compressor"),
+        compressor=lambda rng: NoCompression(NoParams(), rng),
         optimizer=Sgd,
         optimizer_params=make_params(Sgd, {}, "optimizer"),
         model=model,

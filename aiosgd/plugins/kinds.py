@@ -6,7 +6,7 @@ from typing import Any
 
 from aiosgd.codecs.base import Codec
 from aiosgd.plugins.assignments import Assignment
-from aiosgd.plugins.compressors import Compressor
+from aiosgd.plugins.compressors.base import Compressor
 from aiosgd.plugins.datasets import Dataset
 from aiosgd.plugins.launchers import Launcher
 from aiosgd.plugins.models import Model

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from aiosgd.codecs.base import Codec, Context, Exchange, Mode, Role, Vector
 from aiosgd.errors import CodecError, ConfigError, PluginLoadError
-from aiosgd.plugins.compressors import Compressor
+from aiosgd.plugins.compressors import chain
+from aiosgd.plugins.compressors.base import Compressor
 from aiosgd.plugins.datasets import Data, DataFile, Dataset
 from aiosgd.plugins.kinds import (
     ASSIGNMENTS,
@@ -46,6 +47,7 @@ class Workload:
     Attributes:
         codec, server_codec: the codec classes of workers and servers.
         exchange: what blocks and results are.
+        compressor: makes a node's compressor for a tensor group from its random generator.
         owners: for each block, the workers that compute it.
         shares: each worker's sample indices; None where all workers see all samples.
         steps_per_epoch, steps: per worker.
@@ -59,8 +61,7 @@ class Workload:
     server_codec: type[Codec] | None
     server_params: Any
     exchange: Exchange
-    compressor: type[Compressor]
-    compressor_params: Any
+    compressor: Callable[[np.random.Generator], Compressor]
     optimizer: type[Optimizer]
     optimizer_params: Any
     model: Model
@@ -132,7 +133,7 @@ class Workload:
             rng=rng,
             initial=initial,
             shapes=self.groups[group],
-            compressor=self.compressor(self.compressor_params, compressor_rng),
+            compressor=self.compressor(compressor_rng),
             **tools,
         )
         return _create(kind, ctx)
@@ -257,7 +258,8 @@ def dataset_files(job: JobConfig, data_dir: Path) -> list[DataFile]:
 def plugins_of(job: JobConfig) -> list[Entry]:
     """Return the plugins that a job names: what nodes must have in the same version."""
     names = {kind: getattr(job, kind) for kind in KINDS if hasattr(job, kind)}
-    chosen = [("codec", job.server_codec), *names.items()]
+    links = [("compressor", link.name) for link in chain.parse(names.pop("compressor"))]
+    chosen = [("codec", job.server_codec), *names.items(), *links]
     return [
         KINDS[kind].entry(name)
         for kind, name in chosen
@@ -288,7 +290,8 @@ def load(
     """
     codecs = load_codecs(job, sources)
     _check_codec(job, codecs)
-    compressor, optimizer = COMPRESSORS.load(job.compressor), OPTIMIZERS.load(job.optimizer)
+    compressor = chain.factory(COMPRESSORS, job.compressor, job.compressor_params)
+    optimizer = OPTIMIZERS.load(job.optimizer)
     data = _load_data(job, data_dir, paths)
     model_class = MODELS.load(job.model)
     model = model_class(
@@ -305,7 +308,6 @@ def load(
         server_params=_server_params(job, codecs),
         exchange=job.exchange or codecs.codec.exchange,
         compressor=compressor,
-        compressor_params=make_params(compressor, job.compressor_params, "compressor"),
         optimizer=optimizer,
         optimizer_params=make_params(optimizer, job.optimizer_params, "optimizer"),
         model=model,

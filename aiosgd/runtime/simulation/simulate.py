@@ -123,7 +123,7 @@ def play(
         return world, await world.run()
 
     load = simulation.load
-    plugins = load.codec, load.server_codec, load.compressor, load.optimizer, type(load.model)
+    plugins = load.codec, load.server_codec, load.optimizer, type(load.model)
     with _undisturbed(), guard(modules_of(*plugins)):
         world, ending = run_virtually(main(), seconds=simulation.seconds)
     return Played(world, ending, trace, time.perf_counter() - started)

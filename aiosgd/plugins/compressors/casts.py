@@ -1,57 +1,26 @@
-"""Compressors: an array to a smaller payload, and back."""
+"""Casts: the same numbers in fewer bits each."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from aiosgd.plugins.registry import NoParams
-
-Array: TypeAlias = npt.NDArray[Any]
-
-
-class Compressor(ABC):
-    """Makes what a codec sends smaller. One instance per node and tensor group.
-
-    Args:
-        params: an instance of the class's `Params`.
-        rng: random numbers, seeded by job, node and tensor group.
-    """
-
-    Params: ClassVar[type] = NoParams
-
-    def __init__(self, params: Any, rng: np.random.Generator) -> None:
-        self.params = params
-        self.rng = rng
-
-    @abstractmethod
-    def compress(self, array: Array, stream: str | None) -> Any:
-        """Return the payload of a float array: what msgpack takes, plus numpy arrays.
-
-        Args:
-            array: of any shape; it is never changed.
-            stream: names the sequence of arrays that this one belongs to; a compressor with
-                memory keeps one state per stream. None: use and keep no memory, for the caller
-                makes up itself for what is lost.
-
-        Raises:
-            ValueError: the array cannot be represented, not even roughly.
-        """
-
-    @abstractmethod
-    def decompress(self, payload: Any) -> Array:
-        """Return the array, in its shape, as far as `compress` kept it; needs no state.
-
-        Raises:
-            ValueError: the payload is not what `compress` returns.
-        """
+from aiosgd.plugins.compressors.base import Array, Compressor
 
 
 class NoCompression(Compressor):
     """The array itself is the payload."""
+
+    unbiased = True
+
+    def omega(self, size: int) -> float:
+        """Return 0: nothing is lost."""
+        return 0.0
+
+    def delta(self, size: int) -> float:
+        """Return 1: nothing is lost."""
+        return 1.0
 
     def compress(self, array: Array, stream: str | None) -> Any:
         """Return the array object that was given."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aiosgd.plugins.compressors import Fp16, NoCompression
+from aiosgd.plugins.compressors.casts import Fp16, NoCompression
 
 RNG = np.random.default_rng(0)
 SHAPES = [(0,), (), (1,), (1000,), (3, 4, 5), (2, 0)]

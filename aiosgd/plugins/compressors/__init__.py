@@ -1,0 +1,1 @@
+"""Compressors: base.py says what one is, chain.py how they are combined."""
