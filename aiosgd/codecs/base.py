@@ -157,6 +157,8 @@ class Context:
         mode: `sync` or `async`.
         exchange: what blocks and results are: `gradients`, `updates` or `weights`.
         steps: how many steps each worker takes in this job.
+        learning_rate: the job's; an optimizer's schedule may change it on the way.
+        sample_counts: how many training samples each worker has, in the order of the ids.
         step: the step that this node is in, numbered over the whole job from 0. On a server: the
             step of the message being handled.
         params: the codec's own parameters, an instance of its `Params`.
@@ -174,6 +176,8 @@ class Context:
     mode: Mode = "sync"
     exchange: Exchange = "gradients"
     steps: int = 0
+    learning_rate: float = 0.05
+    sample_counts: tuple[int, ...] = ()
     step: int = 0
     params: Any = None
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))

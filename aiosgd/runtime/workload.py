@@ -78,6 +78,14 @@ class Workload:
         return len(self.owners)
 
     @functools.cached_property
+    def _sample_counts(self) -> tuple[int, ...]:
+        """How many training samples each worker has; all of them where they are shared."""
+        if self.shares is not None:
+            return tuple(map(len, self.shares))
+        workers = 1 + max(owner for owners in self.owners for owner in owners)
+        return (len(self.data.train_y),) * workers
+
+    @functools.cached_property
     def _blocks_by_node(self) -> dict[int, tuple[int, ...]]:
         """The blocks that each worker computes, ascending."""
         blocks: defaultdict[int, list[int]] = defaultdict(list)
@@ -129,6 +137,8 @@ class Workload:
             mode=self.job.mode,
             exchange=self.exchange,
             steps=self.steps,
+            learning_rate=self.job.learning_rate,
+            sample_counts=self._sample_counts,
             params=self.server_params if role == "server" else self.codec_params,
             rng=rng,
             initial=initial,
