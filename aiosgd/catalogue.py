@@ -7,6 +7,7 @@ import inspect
 import typing
 from typing import Any
 
+from aiosgd.codecs.base import Codec
 from aiosgd.errors import ConfigError
 from aiosgd.plugins.kinds import KINDS
 from aiosgd.plugins.registry import Registry, nearest, params_class, type_name
@@ -30,7 +31,20 @@ def describe_plugin(kind: str, name: str) -> dict[str, Any]:
     return {
         **dataclasses.asdict(entry),
         "description": inspect.getdoc(plugin) or "",
+        **(_codec_facts(plugin) if kind == "codec" else {}),
         "parameters": _parameters(params_class(plugin)),
+    }
+
+
+def _codec_facts(codec: type[Codec]) -> dict[str, Any]:
+    """Return what a codec is made for and what it promises."""
+    return {
+        "modes": list(codec.modes),
+        "exchange": codec.exchange,
+        "exchanges": list(codec.exchanges),
+        "laws": sorted(codec.laws),
+        "compresses": codec.compresses,
+        "server": codec.server.__name__ if codec.server else None,
     }
 
 
@@ -77,7 +91,21 @@ def page(facts: dict[str, Any]) -> str:
     origin = f"from {facts['distribution']} {facts['version']}"
     rows = [f"  {_usage(parameter)}" for parameter in facts["parameters"]]
     parameters = ["parameters:", *rows] if rows else ["parameters: none"]
-    return "\n".join([head, origin, "", facts["description"], "", *parameters])
+    made_for = _made_for(facts) if facts["kind"] == "codec" else []
+    return "\n".join([head, origin, "", facts["description"], "", *made_for, *parameters])
+
+
+def _made_for(facts: dict[str, Any]) -> list[str]:
+    """Return a codec's facts, a line each."""
+    others = [name for name in facts["exchanges"] if name != facts["exchange"]]
+    instead = f" (or {', '.join(others)})" if others else ""
+    return [
+        f"modes: {', '.join(facts['modes'])}",
+        f"exchanges: {facts['exchange']}{instead}",
+        f"compressor: {'used' if facts['compresses'] else 'not used'}",
+        f"server half: {facts['server'] or 'none'}",
+        f"laws: {', '.join(facts['laws']) or 'none declared'}; `aiosgd check` tests them",
+    ]
 
 
 def _usage(parameter: dict[str, Any]) -> str:

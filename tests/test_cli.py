@@ -238,6 +238,22 @@ def test_a_plugin_is_shown_with_its_parameters(aiosgd):
     ]
 
 
+def test_a_codec_is_shown_with_what_it_is_made_for_and_promises(aiosgd):
+    code, out, _ = aiosgd("plugins", "show", "codec", "parameter_server")
+    assert code == 0
+    for line in (
+        "modes: sync, async",
+        "exchanges: updates",
+        "compressor: used",
+        "server half: Server",
+        "laws: consensus, kept, mean; `aiosgd check` tests them",
+    ):
+        assert line in out.splitlines()
+    facts = json.loads(aiosgd("plugins", "show", "codec", "plain", "--json")[1])
+    assert (facts["exchange"], facts["server"]) == ("gradients", None)
+    assert "modes" not in json.loads(aiosgd("plugins", "show", "model", "mlp", "--json")[1])
+
+
 def test_a_parameter_without_a_default_is_shown_as_required(aiosgd):
     assert "  path  (a string; required)" in aiosgd("plugins", "show", "dataset", "npz")[1]
     facts = json.loads(aiosgd("plugins", "show", "dataset", "npz", "--json")[1])
