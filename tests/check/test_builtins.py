@@ -28,7 +28,7 @@ def test_a_built_in_codec_passes(name, sets):
     assert report.passed, report.failures
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in CODECS))
 def test_a_built_in_codec_passes_all_checks(name):
     report = check(load_subject(name))

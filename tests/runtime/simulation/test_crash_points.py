@@ -508,7 +508,7 @@ def test_after_some_faults_nobody_hangs_or_is_busy_or_wrong(clusters, name, coun
     assert not figures.wrong
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", CLUSTERS)
 @pytest.mark.parametrize("kinds", [CRASHES, CUTS], ids=["crashes", "cuts"])
