@@ -34,7 +34,7 @@ from aiosgd.runtime.simulation.simulate import Simulated, Simulation
 from aiosgd.runtime.simulation.simulate import simulate as simulate_job
 from aiosgd.runtime.simulation.world import Scenario
 from aiosgd.runtime.toml_source import TomlSource
-from aiosgd.runtime.workload import file_codecs, is_file_codec, load_codecs
+from aiosgd.runtime.workload import file_codecs, is_file_codec, load_codecs, portable
 
 SIMULATED_WORKERS = 100
 SIMULATED_SAMPLES = 1000
@@ -47,7 +47,7 @@ class Silent:
     def entered(self, *_: Any) -> None:
         """Do nothing."""
 
-    progressed = evaluated = printed = entered
+    progressed = evaluated = printed = noted = entered
 
 
 def default_data_dir() -> Path:
@@ -223,13 +223,13 @@ def _make_job(
         if isinstance(given.get(kind), type):
             given[kind] = _codec_name(given[kind], kind)
     if job_file is None:
-        return make_job({**defaults, **given}, sets, cluster)
+        return portable(make_job({**defaults, **given}, sets, cluster))
     path = Path(job_file)
     earlier = _read_job(path)
     wanted = _merge(_still_wanted(earlier, given, sets), given)
     cluster = cluster and dataclasses.replace(cluster, job=())
     job = make_job({**defaults, **wanted}, sets, cluster)
-    return _with_kept_code(job, code_files(earlier), path.parent / "code")
+    return portable(_with_kept_code(job, code_files(earlier), path.parent / "code"))
 
 
 def _read_job(path: Path) -> JobConfig:

@@ -133,6 +133,7 @@ JOB_OPTIONS = {
     "partition": "Which samples each worker sees.",
     "assignment": "Which worker computes which block.",
     "redundancy": "How many workers compute each block.",
+    "topology": "Which workers exchange with which, for codecs such as dpsgd.",
     "optimizer": "Optimizer.",
     "learning_rate": "Learning rate.",
     "batch_size": "Samples per block.",

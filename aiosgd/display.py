@@ -101,6 +101,10 @@ class Display:
         """Show what a node on this machine printed."""
         self._line(f"{node}: {text}")
 
+    def noted(self, text: str) -> None:
+        """Show something about the job that is worth a line."""
+        self._line(text)
+
     def _line_is_due(self) -> bool:
         if self._lively or self._clock() < self._next_line:
             return False

@@ -233,9 +233,14 @@ def test_a_plugin_is_shown_with_its_parameters(aiosgd):
     assert "turn = 150  (a whole number)" in out
     assert "arXiv 1602.05629" in out
     facts = json.loads(aiosgd("plugins", "show", "codec", "fedavg", "--json")[1])
-    assert facts["parameters"] == [
-        {"name": "turn", "type": "a whole number", "required": False, "default": 150}
-    ]
+    assert facts["parameters"][0] == {
+        "name": "turn",
+        "type": "a whole number",
+        "required": False,
+        "default": 150,
+    }
+    names = [parameter["name"] for parameter in facts["parameters"]]
+    assert names == ["turn", "fraction", "weighted", "proportional"]
 
 
 def test_a_codec_is_shown_with_what_it_is_made_for_and_promises(aiosgd):

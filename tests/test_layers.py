@@ -15,7 +15,8 @@ LAYERS = [
     "aiosgd.plugins.registry aiosgd.codecs.base aiosgd.runtime.frame aiosgd.runtime.job",
     (
         "aiosgd.runtime.toml_source aiosgd.runtime.connection aiosgd.runtime.executor "
-        "aiosgd.runtime.pool aiosgd.runtime.security aiosgd.runtime.handshake"
+        "aiosgd.runtime.pool aiosgd.runtime.security aiosgd.runtime.handshake "
+        "aiosgd.codecs.fedavg aiosgd.codecs.parameter_server aiosgd.codecs.plain aiosgd.codecs.gossip"
     ),
     "aiosgd.runtime.config aiosgd.codecs.* aiosgd.plugins.* aiosgd.legacy aiosgd.runtime.endpoint",
     "aiosgd.plugins.kinds aiosgd.runtime.results aiosgd.runtime.hello aiosgd.runtime.mesh",
@@ -39,12 +40,31 @@ PURE += [
     "plugins/compressors/base.py",
     "plugins/compressors/casts.py",
     "plugins/compressors/chain.py",
+    "plugins/compressors/packing.py",
+    "plugins/compressors/sparse.py",
+    "plugins/compressors/lowrank.py",
+    "plugins/compressors/feedback.py",
+    "plugins/topologies.py",
+    "plugins/compressors/quantisers.py",
+    "plugins/compressors/signs.py",
     "plugins/optimizers.py",
     "plugins/models.py",
     "plugins/partitions.py",
 ]
 PURE += ["plugins/assignments.py", "codecs/base.py", "codecs/plain.py", "codecs/local.py"]
-PURE += ["codecs/fedavg.py", "codecs/parameter_server.py", "codecs/allreduce.py"]
+PURE += [
+    "codecs/decentralised.py",
+    "codecs/choco.py",
+    "codecs/asynchronous.py",
+    "codecs/local_sgd.py",
+    "codecs/gossip.py",
+    "codecs/federated.py",
+    "codecs/robust.py",
+    "codecs/private.py",
+    "codecs/fedavg.py",
+    "codecs/parameter_server.py",
+    "codecs/allreduce.py",
+]
 DOERS = {"asyncio", "socket", "selectors", "threading", "time", "random", "logging", "uvloop"}
 DOORS = {
     "msgpack": {"aiosgd.runtime.frame"},

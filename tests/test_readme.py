@@ -69,7 +69,8 @@ def test_the_cluster_file_is_valid(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["codec", "compressor", "model", "dataset", "optimizer", "assignment", "partition"]
+    "kind",
+    ["codec", "compressor", "model", "dataset", "optimizer", "assignment", "partition", "topology"],
 )
 def test_every_built_in_is_named(kind):
     for entry in KINDS[kind].entries():

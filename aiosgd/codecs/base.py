@@ -42,7 +42,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +69,7 @@ class Group(enum.Enum):
 SERVER = Group.SERVER
 """The server that is responsible for this tensor group."""
 WORKERS = Group.WORKERS
-"""All workers, but for the sender itself."""
+"""All workers, but for the sender itself, whatever the topology."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,22 @@ class Message:
     content: Any
 
 
+class Graph(Protocol):
+    """Who sends to whom among the workers; the topologies make them.
+
+    Attributes:
+        period: after how many steps the links repeat; 1: they never change.
+    """
+
+    period: int
+
+    def receivers(self, worker: int, step: int = 0) -> tuple[int, ...]:
+        """Return the workers that a worker sends to in a step, ascending."""
+
+    def weights(self, worker: int, step: int = 0) -> Mapping[int, float]:
+        """Return the worker's row of the mixing matrix: whom it hears from, itself included."""
+
+
 @dataclass(kw_only=True)
 class Context:
     """What a codec may know and use. Read-only for codecs.
@@ -163,8 +179,11 @@ class Context:
             step of the message being handled.
         params: the codec's own parameters, an instance of its `Params`.
         rng: random numbers, seeded by job, node and tensor group.
+        seed: the job's, the same on every node: for draws that all nodes must make alike.
         initial: the weights that every node starts with (float32 vector of the tensor group).
         shapes: the parameters of this tensor group in order, name -> shape.
+        topology: who exchanges with whom, for codecs with `uses_topology`; None is everybody with
+            everybody. `neighbours` and `weights` are this node's part of it.
     """
 
     node: int
@@ -181,13 +200,16 @@ class Context:
     step: int = 0
     params: Any = None
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    seed: int = 0
     initial: Vector = field(default_factory=lambda: np.empty(0, np.float32), repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    topology: Graph | None = field(default=None, repr=False)
     blocks_by_node: Mapping[int, tuple[int, ...]] | None = field(default=None, repr=False)
     compressor: Any = field(default=None, repr=False)
     executor: Callable[..., Awaitable[Any]] | None = field(default=None, repr=False)
     memory: Callable[[int], Array] | None = field(default=None, repr=False)
     logger: Callable[[str], None] | None = field(default=None, repr=False)
+    _row: tuple[int, Mapping[int, float]] | None = field(default=None, init=False, repr=False)
 
     @property
     def worker_count(self) -> int:
@@ -211,13 +233,34 @@ class Context:
 
     @property
     def neighbours(self) -> tuple[int, ...]:
-        """The workers that this one exchanges with: all others (a full graph)."""
-        return tuple(worker for worker in self.workers if worker != self.node)
+        """The workers that this one sends to in this step, ascending: all others by default.
+
+        In a directed topology these are not those that it hears from, which are in `weights`. To
+        a server all workers are neighbours.
+        """
+        if self.topology is None or self.role == "server":
+            return self._others
+        return self.topology.receivers(self.node, self.step)
 
     @property
-    def weights(self) -> dict[int, float]:
-        """Mixing weights of the neighbours and of this node; they add up to one."""
-        return dict.fromkeys(self.workers, 1 / self.worker_count)
+    def weights(self) -> Mapping[int, float]:
+        """Mixing weights of those that this node hears from in this step, ascending, and its own.
+
+        They add up to one: row `node` of the topology's mixing matrix, by default 1/n each.
+        """
+        turn = self.step % self.topology.period if self.topology else 0
+        if self._row is None or self._row[0] != turn:
+            self._row = (turn, self._weights())
+        return self._row[1]
+
+    def _weights(self) -> Mapping[int, float]:
+        if self.topology is None or self.role == "server":
+            return dict.fromkeys(self.workers, 1 / self.worker_count)
+        return self.topology.weights(self.node, self.step)
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        return tuple(worker for worker in self.workers if worker != self.node)
 
     def blocks_of(self, node: int) -> tuple[int, ...]:
         """Return the blocks that a node computes, ascending."""
@@ -286,7 +329,7 @@ class Context:
             ValueError: it is no target, names an unknown node, or there is no server.
         """
         if to is WORKERS:
-            return self.neighbours
+            return self._others
         if to is SERVER:
             if self.server is None:
                 raise ValueError("sends to SERVER, but the job has no server")
@@ -330,6 +373,8 @@ class Codec:
         accepts_late: whether `receive` wants messages of steps that this node has left behind
             (a relay may still have to pass them on); otherwise they are counted and logged.
         compresses: whether it calls `ctx.compress`; a job's compressor is refused otherwise.
+        uses_topology: whether it sends to `ctx.neighbours` alone; a job's topology is refused
+            otherwise.
         laws: names of the laws that the codec promises to keep; `aiosgd check` tests them.
         Params: its parameters, a frozen dataclass; a codec without has none.
         traffic: optional, a class method `(ctx, size) -> float`: the bytes of arrays that all nodes
@@ -343,6 +388,7 @@ class Codec:
     server: ClassVar[type[Codec] | None] = None
     accepts_late: ClassVar[bool] = False
     compresses: ClassVar[bool] = False
+    uses_topology: ClassVar[bool] = False
     laws: ClassVar[frozenset[str]] = frozenset()
     Params: ClassVar[type]
 
@@ -417,6 +463,16 @@ class Codec:
             value = (operation or operator.add)(self._result, value)
         self._result = value
         self._done = True
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether this worker may leave its step (async); by default it always may.
+
+        Asked once the step's blocks were handled, and then after each hook until it is true: a
+        codec that bounds how far workers are apart says no until a message has told it more. A
+        worker that is held for as long as the step timeout fails its job.
+        """
+        return True
 
     @property
     def is_done(self) -> bool:
@@ -510,4 +566,25 @@ def mean(values: Mapping[int, Array], out: Array | None = None) -> Array:
         total /= len(values)
     else:  # a power of two: the same bits as a division, in half the time
         total *= total.dtype.type(1 / len(values))
+    return total
+
+
+def mixture(
+    values: Mapping[int, Array], weights: Mapping[int, float], out: Array | None = None
+) -> Array:
+    """Return Σ_j weights[j] · values[j], added in the order of their keys.
+
+    Equal weights give the bits of `mean`.
+
+    Args:
+        values: arrays of one shape.
+        weights: with the keys of `values`; they add up to one, as those of `ctx.weights` do.
+        out: as in `mean`.
+    """
+    if len(set(weights.values())) == 1:
+        return mean(values, out)
+    first, *others = sorted(weights)
+    total: Array = np.multiply(values[first], weights[first], out=out)
+    for key in others:
+        total += weights[key] * values[key]
     return total

@@ -31,6 +31,7 @@ from aiosgd.codecs.base import (
     Context,
     Envelope,
     Exchange,
+    Graph,
     Message,
     Mode,
     pass_on,
@@ -105,6 +106,8 @@ class LocalCluster:
         server_params: the server codec's, if it has its own; otherwise it gets the worker's.
         initial: the initial weights; without them the first value says how long a result is, and
             `ctx.initial` is zeros from then on. Results of another shape are refused.
+        topology: who exchanges with whom, such as `Ring(RingParams()).graph(workers, seed)` of
+            `aiosgd.plugins.topologies`; everybody with everybody by default.
         seed: decides the order of everything, and seeds `ctx.rng`.
         schedule: decides the order in its place: other orders, with the same `ctx.rng`.
         fifo: whether each link keeps its order, as TCP does.
@@ -136,6 +139,7 @@ class LocalCluster:
         params: Mapping[str, Any] | None = None,
         server_params: Mapping[str, Any] | None = None,
         initial: npt.ArrayLike = (),
+        topology: Graph | None = None,
         seed: int = 0,
         schedule: int | None = None,
         fifo: bool = True,
@@ -145,6 +149,8 @@ class LocalCluster:
     ) -> None:
         if mode not in codec.modes:
             raise ConfigError(f"mode is {mode!r}; {codec.__name__} is made for {codec.modes}")
+        if topology is not None and not codec.uses_topology:
+            raise ConfigError(f"topology has no effect: {codec.__name__} does not use it")
         server = server_codec or codec.server or codec
         count = int(server is not codec) if servers is None else servers
         own = theirs = make_params(codec, params or {}, "codec")
@@ -165,6 +171,7 @@ class LocalCluster:
         self._blocks: dict[int, deque[Block]] = {worker: deque() for worker in self.workers}
         self._links: dict[tuple[int, int], list[_Parcel]] = {}
         self._rescued: set[tuple[int, int]] = set()  # (worker, step)
+        self._leaving: set[int] = set()  # workers through with their blocks, until they may go on
         owners = owners or list(itertools.combinations(self.workers, redundancy))
         for node in (*self.workers, *self.servers):
             rng = np.random.default_rng([seed, node % 2**32])
@@ -180,6 +187,7 @@ class LocalCluster:
                 params=theirs if node < 0 else own,
                 rng=rng,
                 initial=self._initial,
+                topology=topology,
                 compressor=compressor(rng) if compressor else None,
                 **facts,
             )
@@ -307,6 +315,11 @@ class LocalCluster:
                 await self.deliver(*pending[self._rng.integers(len(pending))])
             elif self._mode == "sync":
                 await self._rescue(waiting)
+            elif self._leaving:
+                raise JobFailedError(
+                    "nothing is under way, but codecs do not let their workers go on: "
+                    + self._whereabouts(sorted(self._leaving))
+                )
             else:
                 for worker in waiting:
                     self._advance(worker)
@@ -374,11 +387,14 @@ class LocalCluster:
     async def _rescue(self, waiting: list[int]) -> None:
         fresh = {(node, self._step(node)) for node in waiting} - self._rescued
         if not fresh:
-            where = ", ".join(f"node {node} in step {self._step(node)}" for node in waiting)
+            where = self._whereabouts(waiting)
             raise JobFailedError(f"nothing is under way, but results are missing: {where}")
         self._rescued |= fresh
         for node, step in sorted(fresh):
             await self._call(node, "rescue", step)
+
+    def _whereabouts(self, nodes: Sequence[int]) -> str:
+        return ", ".join(f"node {node} in step {self._step(node)}" for node in nodes)
 
     async def _call(self, node: int, hook: str, step: int, *args: Block | Message) -> None:
         codec = self.codecs[node]
@@ -396,8 +412,12 @@ class LocalCluster:
         if self._stepwise(node):
             if codec.is_done:
                 self._advance(node)
-        elif hook == "update" and not self._blocks[node] and step + 1 < len(self.results):
-            self._advance(node)
+        elif node >= 0:
+            if hook == "update" and not self._blocks[node] and step + 1 < len(self.results):
+                self._leaving.add(node)
+            if node in self._leaving and codec.may_go_on:
+                self._leaving.remove(node)
+                self._advance(node)
 
     def _send(self, sender: int, step: int, envelope: Envelope) -> None:
         originals: list[tuple[Array, Array]] = []

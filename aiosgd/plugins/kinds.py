@@ -13,6 +13,7 @@ from aiosgd.plugins.models import Model
 from aiosgd.plugins.optimizers import Optimizer
 from aiosgd.plugins.partitions import Partition
 from aiosgd.plugins.registry import Registry
+from aiosgd.plugins.topologies import Topology
 from aiosgd.plugins.trackers import Tracker
 
 CODECS = Registry("codec", Codec)
@@ -22,6 +23,7 @@ DATASETS = Registry("dataset", Dataset)
 OPTIMIZERS = Registry("optimizer", Optimizer)
 ASSIGNMENTS = Registry("assignment", Assignment)
 PARTITIONS = Registry("partition", Partition)
+TOPOLOGIES = Registry("topology", Topology)
 TRACKERS = Registry("tracker", Tracker)
 LAUNCHERS = Registry("launcher", Launcher)
 
@@ -35,6 +37,7 @@ KINDS: dict[str, Registry[Any]] = {
         OPTIMIZERS,
         ASSIGNMENTS,
         PARTITIONS,
+        TOPOLOGIES,
         TRACKERS,
         LAUNCHERS,
     )

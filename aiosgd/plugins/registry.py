@@ -61,7 +61,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, base: type[T]) -> None:
         self.kind = kind
         self.base = base
-        self.group = f"aiosgd.{kind}s"
+        self.group = group_of(kind)
         self._loaded: dict[str, type[T]] = {}
 
     def __repr__(self) -> str:
@@ -152,8 +152,13 @@ def _entry_points(group: str) -> tuple[metadata.EntryPoint, ...]:
     return tuple(metadata.entry_points(group=group))
 
 
+def group_of(kind: str) -> str:
+    """Return the entry points' group of a kind: its plural."""
+    return f"aiosgd.{kind[:-1]}ies" if kind.endswith("y") else f"aiosgd.{kind}s"
+
+
 def _import(entry: Entry) -> object:
-    point = metadata.EntryPoint(entry.name, entry.target, f"aiosgd.{entry.kind}s")
+    point = metadata.EntryPoint(entry.name, entry.target, group_of(entry.kind))
     try:
         return point.load()
     # a plugin's module may raise or exit in any way; it must not take the program with it

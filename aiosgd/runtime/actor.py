@@ -104,6 +104,7 @@ class Actor:
         self._results: deque[Vector] = deque()
         self._watchers: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._posted = self._handled = 0
+        self._is_free = False
         self._hook = ""
         self._calls = 0
         self._senders: set[int] = set()
@@ -139,6 +140,20 @@ class Actor:
         """Wait until all that is in the mailbox now was handled and its envelopes sent (async)."""
         place = self._posted
         await self._until(lambda: self._handled >= place)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether the codec lets this worker leave its step, or `free` did (async)."""
+        return self._is_free or self.codec.may_go_on
+
+    async def released(self) -> None:
+        """Wait until this worker is released (async)."""
+        await self._until(lambda: self.is_released)
+
+    def free(self) -> None:
+        """Hold the worker no more: its job ends, and who is waited for may have ended already."""
+        self._is_free = True
+        self._notify()
 
     async def completed(self, step: int) -> None:
         """Wait until a step has its result (sync)."""
@@ -192,12 +207,17 @@ class Actor:
         """Say why a step has no result: for the message of one that timed out."""
         return f"{self._place(step)}: no result within {limit:g} s; {self._explain()}"
 
+    def held(self, limit: float) -> str:
+        """Say that the codec did not let this worker leave its step (async)."""
+        return f"{self._place(self.ctx.step)}: may not go on for {limit:g} s; {self._explain()}"
+
     def _explain(self) -> str:
         if self._hook:
             return f"{self._hook} has not returned"
         server = self.ctx.server
-        peers = self.ctx.neighbours if server is None else (server,)
-        silent = [peer for peer in peers if peer not in self._senders]
+        peers = self.ctx.weights if server is None else (server,)
+        heard_from = {*self._senders, self.ctx.node}
+        silent = [peer for peer in peers if peer not in heard_from]
         waiting = f"waiting for nodes: {_listed(silent)}" if silent else "set_result was not called"
         heard = _listed(sorted(self._senders)) or "nobody"
         return f"{waiting}; heard in this step from nodes: {heard}"

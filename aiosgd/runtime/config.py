@@ -36,6 +36,7 @@ KINDS = (
     "dataset",
     "partition",
     "assignment",
+    "topology",
     "optimizer",
 )
 """The options that name a plugin; `<kind>_params` holds that plugin's own parameters."""
@@ -104,6 +105,7 @@ class JobConfig:
     partition: str = "shared"
     assignment: str = "iid"
     redundancy: int = 1
+    topology: str = "full"
     optimizer: str = "sgd"
     learning_rate: float = 0.05
     batch_size: int = 64
@@ -127,6 +129,7 @@ class JobConfig:
     dataset_params: dict[str, Any] = field(default_factory=dict)
     partition_params: dict[str, Any] = field(default_factory=dict)
     assignment_params: dict[str, Any] = field(default_factory=dict)
+    topology_params: dict[str, Any] = field(default_factory=dict)
     optimizer_params: dict[str, Any] = field(default_factory=dict)
     compute: Compute = field(default_factory=Compute)
     wire: Wire = field(default_factory=Wire)

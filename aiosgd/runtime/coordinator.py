@@ -82,6 +82,9 @@ class Observer(Protocol):
     def printed(self, node: str, text: str) -> None:
         """A node that was started for this job printed a line."""
 
+    def noted(self, text: str) -> None:
+        """Something about the job is worth a line."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -245,6 +248,9 @@ class Coordinator:
         self._harvest = Harvest(self.folder, self.load, self.nodes, self._log)
         try:
             self._write_job()
+            if text := self.load.mixing:
+                self._log.info(text)
+                self.observer.noted(text)
             try:
                 await self._drive()
             finally:
@@ -538,6 +544,7 @@ class Coordinator:
             "plugins": [f"{kind} {name}: {dist} {v}" for kind, name, dist, v in self._plugins],
             "nodes": {str(node): str(address) for node, address in self.nodes.items()},
             "steps": self.load.steps,
+            "spectral_gap": self.load.topology and self.load.topology.spectral_gap,
         }
 
 

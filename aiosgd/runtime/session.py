@@ -224,6 +224,9 @@ class Session:
     def verdict(self, epoch: int, stop: bool) -> None:
         """Take the submitter's word on whether training goes on after an epoch."""
         self._stop_early = self._stop_early or stop
+        if self._stop_early and self._load.job.mode == "async":
+            for actor in self._actors:
+                actor.free()
         future = self._verdict(epoch)
         if not future.done():
             future.set_result(stop)
@@ -397,9 +400,20 @@ class Session:
         if not (self.place.journal and self.place.journal.dictates):
             for actor in self._actors:
                 await actor.settled()
+            await self._released()
             await self.place.transport.room(WINDOW)
         await self._reach(Kind.TAKE, step)
         return self._newest()
+
+    async def _released(self) -> None:
+        """Wait until all codecs let this worker leave its step (async).
+
+        Raises:
+            JobFailedError: one did not within the step timeout.
+        """
+        for actor in self._actors:
+            if not (actor.is_released or await self._in_time(actor.released())):
+                raise JobFailedError(actor.held(self._load.job.step_timeout))
 
     async def _hold(self, learner: Learner, result: Vector, step: int) -> None:
         """Keep a result for the next computation to apply: one hop to the executor, not two."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import sys
@@ -31,10 +32,12 @@ from aiosgd.plugins.kinds import (
     MODELS,
     OPTIMIZERS,
     PARTITIONS,
+    TOPOLOGIES,
 )
 from aiosgd.plugins.models import Model
 from aiosgd.plugins.optimizers import Optimizer
 from aiosgd.plugins.registry import Entry, describe, make_params
+from aiosgd.plugins.topologies import Graph, Topology
 from aiosgd.runtime.config import JobConfig
 
 Group = Mapping[str, tuple[int, ...]]
@@ -53,6 +56,7 @@ class Workload:
         steps_per_epoch, steps: per worker.
         groups: tensor groups in order; each maps its parameters to their shapes. One codec
             instance per group and node.
+        topology: who exchanges with whom; None is everybody with everybody.
     """
 
     job: JobConfig
@@ -71,6 +75,7 @@ class Workload:
     steps_per_epoch: int
     steps: int
     groups: tuple[Group, ...]
+    topology: Graph | None = None
 
     @property
     def block_count(self) -> int:
@@ -93,6 +98,15 @@ class Workload:
             for worker in owners:
                 blocks[worker].append(block)
         return {worker: tuple(own) for worker, own in blocks.items()}
+
+    @property
+    def mixing(self) -> str:
+        """What to say of how fast the topology mixes; nothing of a full one."""
+        if self.topology is None:
+            return ""
+        gap = self.topology.spectral_gap
+        words = "too small to be seen among so many workers" if gap is None else f"{gap:.3g}"
+        return f"topology {self.job.topology}: spectral gap {words}"
 
     def initial(self) -> Vector:
         """Return the weights that every node starts with."""
@@ -138,11 +152,13 @@ class Workload:
             exchange=self.exchange,
             steps=self.steps,
             learning_rate=self.job.learning_rate,
+            seed=self.job.seed,
             sample_counts=self._sample_counts,
             params=self.server_params if role == "server" else self.codec_params,
             rng=rng,
             initial=initial,
             shapes=self.groups[group],
+            topology=self.topology,
             compressor=self.compressor(compressor_rng),
             **tools,
         )
@@ -327,6 +343,7 @@ def load(
         steps_per_epoch=per_epoch,
         steps=min(job.epochs * per_epoch, job.max_steps or job.epochs * per_epoch),
         groups=_groups(model.shapes, job.granularity),
+        topology=_graph(job, workers),
     )
 
 
@@ -385,6 +402,8 @@ def _check_codec(job: JobConfig, codecs: Codecs) -> None:
         raise ConfigError(
             f"compressor {job.compressor!r} has no effect: codec {job.codec!r} compresses nothing"
         )
+    if job.topology != JobConfig.topology and not codec.uses_topology:
+        raise ConfigError(f"topology {job.topology!r} has no effect: codec {job.codec!r} uses none")
     if job.overlap and job.mode == "async":
         raise ConfigError("overlap is for mode 'sync'; async workers never wait for an exchange")
     if job.overlap and (job.exchange or codec.exchange) == "weights":
@@ -413,6 +432,34 @@ def _owners(job: JobConfig, workers: int) -> tuple[tuple[int, ...], ...]:
     kind = ASSIGNMENTS.load(job.assignment)
     assignment = kind(make_params(kind, job.assignment_params, "assignment"))
     return assignment.owners(workers, job.redundancy)
+
+
+def _make_topology(job: JobConfig) -> Topology:
+    kind = TOPOLOGIES.load(job.topology)
+    return kind(make_params(kind, job.topology_params, "topology"))
+
+
+def _graph(job: JobConfig, workers: int) -> Graph | None:
+    """Return who exchanges with whom; the full graph, which codecs have anyway, is left out."""
+    if job.topology == JobConfig.topology and not job.topology_params:
+        return None
+    return _make_topology(job).graph(workers, job.seed)
+
+
+def portable(job: JobConfig) -> JobConfig:
+    """Return the job without what only this machine has: the links instead of a file of them.
+
+    Raises:
+        ConfigError: the file is missing or wrong.
+        PluginError: there is no such topology.
+    """
+    if job.topology == JobConfig.topology:
+        return job
+    topology = _make_topology(job)
+    params = topology.portable()
+    if params is topology.params:
+        return job
+    return dataclasses.replace(job, topology_params=dataclasses.asdict(params))
 
 
 def _shares(job: JobConfig, workers: int, data: Data) -> list[npt.NDArray[np.int64]] | None:

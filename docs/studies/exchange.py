@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from aiosgd.codecs.base import Block, Codec, Context, Envelope, Message
+from aiosgd.codecs.base import Block, Codec, Context, Envelope, Graph, Message
+from aiosgd.plugins.registry import params_class
 from aiosgd.runtime.simulation.loop import VirtualLoop, run_virtually
 from aiosgd.runtime.simulation.network import Network, NetworkModel
 from aiosgd.runtime.simulation.trace import Trace
@@ -82,6 +83,7 @@ class Exchange:
         size: bytes of the model; each server is responsible for an equal part of it.
         workers, servers: how many.
         model: the network.
+        topology: who exchanges with whom, for codecs that use one.
 
     Attributes:
         sent: node -> bytes.
@@ -95,6 +97,7 @@ class Exchange:
         workers: int,
         servers: int,
         model: NetworkModel,
+        topology: Graph | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
@@ -109,8 +112,9 @@ class Exchange:
             "servers": servers_ids,
             "block_owners": tuple((worker,) for worker in ids),
             "exchange": codec.exchange,
-            "params": codec.Params(**params),
+            "params": params_class(codec)(**params),
             "compressor": Identity(),
+            "topology": topology,
             "initial": self.part,
             "memory": lambda size: Sized(size // 4),
         }
@@ -163,11 +167,12 @@ def simulate(
     workers: int,
     servers: int,
     model: NetworkModel,
+    topology: Graph | None = None,
 ) -> tuple[float, float]:
     """Return the seconds of an `Exchange`, and how many models its busiest node sends."""
 
     async def main() -> tuple[float, float]:
-        exchange = Exchange(codec, params, size, workers, servers, model)
+        exchange = Exchange(codec, params, size, workers, servers, model, topology)
         return await exchange.run(), max(exchange.sent.values()) / size
 
     return run_virtually(main())

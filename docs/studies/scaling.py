@@ -66,7 +66,7 @@ def points() -> Iterator[Point]:
             if n <= most
         ]
         for size, n in [*work, (small, 256)] if way.thin else work:
-            found = simulate(way.codec, way.params, size, n, way.servers(n), model)
+            found = simulate(way.codec, way.params, size, n, way.servers(n), model, way.graph(n))
             yield Point(model, size, way, n, *found)
 
 

@@ -10,9 +10,11 @@ from typing import Any
 from exchange import HEADER
 
 from aiosgd.codecs.allreduce import AllReduce, AllReduceParams, Hierarchical
-from aiosgd.codecs.base import Codec
+from aiosgd.codecs.base import Codec, Graph
 from aiosgd.codecs.gossip import DPsgd
 from aiosgd.codecs.parameter_server import ParameterServer, ParameterServerParams
+from aiosgd.plugins.registry import NoParams
+from aiosgd.plugins.topologies import Exponential, OnePeer, Topology
 from aiosgd.runtime.simulation.network import NetworkModel
 
 
@@ -107,6 +109,7 @@ class Way:
         seconds: the formula.
         models: how many models the busiest node sends, by the number of workers.
         thin: whether its messages get small where workers are many.
+        topology: who exchanges with whom.
     """
 
     name: str
@@ -118,11 +121,16 @@ class Way:
     seconds: Callable[[int, int, NetworkModel], float]
     models: Callable[[int], float]
     thin: bool = False
+    topology: type[Topology] | None = None
 
     @property
     def is_served(self) -> bool:
         """Whether it has servers."""
         return self.servers is not nobody
+
+    def graph(self, n: int) -> Graph | None:
+        """Return the links between so many workers; None is everybody with everybody."""
+        return self.topology(NoParams()).graph(n, seed=0) if self.topology else None
 
 
 def nobody(_n: int) -> int:
@@ -153,7 +161,7 @@ WAYS = (
         lambda size, n, model: parameter_server(size, n, model, eighth(n)),
         lambda n: n / eighth(n), thin=True),
     Way("gossip, exponential", {"color": "C4", "linestyle": "--"}, DPsgd, {}, nobody, (10_000, 1024),
-        lambda size, n, model: gossip(size, n, model, rounds(n)), rounds),
-    Way("gossip, one peer", {"color": "C6", "linestyle": "--"}, DPsgd, {"topology": "one_peer"}, nobody, (10_000, 10_000),
-        lambda size, n, model: gossip(size, n, model, 1), lambda _n: 1),
+        lambda size, n, model: gossip(size, n, model, rounds(n)), rounds, topology=Exponential),
+    Way("gossip, one peer", {"color": "C6", "linestyle": "--"}, DPsgd, {}, nobody, (10_000, 10_000),
+        lambda size, n, model: gossip(size, n, model, 1), lambda _n: 1, topology=OnePeer),
 )  # fmt: skip

@@ -37,7 +37,7 @@ TINY: Mapping[str, Any] = {
     "batch_size": 1,
     "epochs": 1000,
 }
-RING: Mapping[str, Any] = {"codec": "dpsgd", "codec_params": {"topology": "ring"}}
+RING: Mapping[str, Any] = {"codec": "dpsgd", "topology": "ring"}
 DIGITS: Mapping[str, Any] = {"partition": "dirichlet", "batch_size": 1, "epochs": 30}
 
 

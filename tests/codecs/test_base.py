@@ -9,6 +9,7 @@ from aiosgd.codecs.base import (
     Context,
     Envelope,
     mean,
+    mixture,
     pass_on,
 )
 from aiosgd.errors import CodecError
@@ -62,6 +63,46 @@ def test_mixing_weights_add_up_to_one_over_the_neighbours_and_the_node_itself(no
     assert sum(ctx.weights.values()) == pytest.approx(1)
     assert set(ctx.weights) == {*ctx.neighbours, node} - {-1}
     assert node not in ctx.neighbours
+
+
+class Turns:
+    """A topology of workers 0 … 3: each sends to the next, in odd steps to the one after that."""
+
+    period = 2
+
+    def __init__(self):
+        self.asked = 0
+
+    def receivers(self, worker, step=0):
+        return ((worker + 1 + step % 2) % 4,)
+
+    def weights(self, worker, step=0):
+        self.asked += 1
+        return {worker: 0.75, (worker - 1 - step % 2) % 4: 0.25}
+
+
+def test_a_topology_says_whom_a_worker_sends_to_and_hears_from_in_each_step():
+    ctx = context(3, topology=Turns())
+    seen = []
+    for ctx.step in (0, 1, 2, 5):
+        seen.append((ctx.neighbours, dict(ctx.weights)))
+    even, odd = ((0,), {3: 0.75, 2: 0.25}), ((1,), {3: 0.75, 1: 0.25})
+    assert seen == [even, odd, even, odd]
+
+
+def test_weights_are_asked_for_once_per_turn():
+    topology = Turns()
+    ctx = context(topology=topology)
+    assert [ctx.weights is ctx.weights for ctx.step in (0, 0, 2, 3, 4)] == [True] * 5
+    assert topology.asked == 3
+
+
+def test_a_topology_is_of_workers_alone_and_does_not_change_who_the_workers_are():
+    server, worker = context(-1, topology=Turns()), context(1, topology=Turns())
+    assert server.neighbours == (0, 1, 2, 3)
+    assert dict(server.weights) == dict.fromkeys(range(4), 0.25)
+    assert worker.neighbours == (2,)
+    assert worker.resolve(WORKERS) == (0, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -323,3 +364,24 @@ def test_the_mean_of_nothing_is_refused():
 
 def test_groups_print_as_they_are_written():
     assert repr(Envelope(SERVER, WORKERS)) == "Envelope(to=SERVER, content=WORKERS)"
+
+
+def test_a_mixture_is_a_weighted_sum_in_the_order_of_the_ids():
+    rng = np.random.default_rng(0)
+    values = {key: rng.normal(size=50).astype(np.float32) for key in (2, 0, 1)}
+    weights = {1: 0.2, 2: 0.7, 0: 0.1}
+    found = mixture(values, weights)
+    np.testing.assert_allclose(found, sum(weights[j] * values[j] for j in range(3)), rtol=1e-5)
+    backwards = {key: values[key] for key in (1, 0, 2)}
+    out = np.empty(50, np.float32)
+    assert mixture(backwards, dict(sorted(weights.items())), out) is out
+    assert out.tobytes() == found.tobytes()
+    assert found.dtype == np.float32
+
+
+def test_a_mixture_of_equal_weights_is_the_mean():
+    values = {
+        key: np.random.default_rng(key).normal(size=50).astype(np.float32) for key in range(3)
+    }
+    found = mixture(values, dict.fromkeys(range(3), 1 / 3))
+    assert found.tobytes() == mean(values).tobytes()

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from aiosgd.codecs.fedavg import FedAvg
+from aiosgd.codecs.fedavg import FedAvg, participants
 from aiosgd.codecs.plain import Plain
 from aiosgd.codecs.testing import LocalCluster
 from aiosgd.errors import ConfigError
@@ -73,3 +73,104 @@ def test_it_is_made_for_sync_mode_and_weights():
     assert FedAvg.exchange == "weights"
     with pytest.raises(ConfigError, match="mode is 'async'"):
         federation(2, mode="async")
+
+
+# who takes part, and with what weight
+
+
+async def test_with_turn_one_plain_sgd_is_the_sync_sgd_of_the_mean_loss():
+    rate, slopes, optima = 0.1, np.array([1.0, 4.0, 2.0]), np.array([3.0, -1.0, 0.5])
+    cluster = federation(1, workers=3, initial=[5.0])
+
+    def feed(worker, step):
+        own = cluster.results[step - 1][worker] if step else np.array([5.0])
+        return {worker: own - rate * slopes[worker] * (own - optima[worker])}
+
+    results = await cluster.train(feed, steps=30)
+    single = 5.0
+    for one in results:
+        single -= rate * np.mean(slopes * (single - optima))
+        np.testing.assert_allclose(np.concatenate(list(one.values())), single, rtol=1e-5)
+
+
+def senders(cluster, step):
+    return [one.sender for one in sorted(cluster.sent) if one.to == -1 and one.step == step]
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_the_average_is_over_those_who_take_part_and_the_others_keep_the_model(seed):
+    cluster = LocalCluster(
+        FedAvg, workers=5, params={"turn": 3, "fraction": 0.4}, initial=[7.0], seed=seed
+    )
+    results = await cluster.run(lambda step, block: [100.0 * step + block], steps=12)
+    model = 7.0
+    for end in (2, 5, 8, 11):
+        chosen = senders(cluster, end)
+        assert len(chosen) == 2
+        for step in (end - 2, end - 1):
+            assert results[step] == {
+                worker: [100 * step + worker if worker in chosen else model] for worker in range(5)
+            }
+        model = 100 * end + np.mean(chosen)
+        assert results[end] == {worker: [model] for worker in range(5)}
+
+
+@pytest.mark.parametrize(
+    ("workers", "fraction", "count"), [(5, 0.01, 1), (10, 0.34, 3), (10, 0.37, 4), (5, 1.0, 5)]
+)
+def test_a_share_of_the_workers_takes_part_one_at_least(workers, fraction, count):
+    ctx = LocalCluster(FedAvg, workers=workers, params={"fraction": fraction}).codecs[0].ctx
+    assert len(participants(ctx, 0)) == count
+
+
+def test_each_round_draws_anew_from_the_jobs_seed_and_all_workers_have_their_turn():
+    ctx = LocalCluster(FedAvg, workers=10, params={"turn": 2, "fraction": 0.3}).codecs[0].ctx
+    rounds = [participants(ctx, step) for step in range(0, 200, 2)]
+    assert rounds == [participants(ctx, step + 1) for step in range(0, 200, 2)]
+    assert len(set(rounds)) > 50
+    assert {worker for one in rounds for worker in one} == set(range(10))
+    ctx.seed += 1
+    assert rounds != [participants(ctx, step) for step in range(0, 200, 2)]
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+async def test_a_weighted_mean_counts_each_worker_by_its_samples(fraction):
+    counts = np.array([10, 30, 20, 40])
+    cluster = LocalCluster(
+        FedAvg,
+        workers=4,
+        params={"turn": 1, "fraction": fraction, "weighted": True},
+        sample_counts=tuple(counts),
+    )
+    for step, one in enumerate(await cluster.run(models, steps=4)):
+        chosen = senders(cluster, step)
+        assert len(chosen) == 4 * fraction
+        own = [models(step, worker) for worker in chosen]
+        expected = np.average(own, axis=0, weights=counts[chosen])
+        for result in one.values():
+            np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
+
+
+async def test_in_proportion_to_its_samples_a_worker_takes_fewer_steps_one_at_least():
+    params = {"turn": 4, "proportional": True}
+    cluster = LocalCluster(FedAvg, workers=3, params=params, sample_counts=(80, 40, 1))
+    results = await cluster.run(lambda step, block: [step + 10.0 * block], steps=8)
+    assert results[2] == {0: [2.0], 1: [11.0], 2: [20.0]}
+    assert results[3] == {worker: [np.float32((3 + 11 + 20) / 3)] for worker in range(3)}
+    assert results[6] == {0: [6.0], 1: [15.0], 2: [24.0]}
+
+
+@pytest.mark.parametrize("steps", [6, 7])
+async def test_its_traffic_is_what_is_sent(steps):
+    cluster = LocalCluster(
+        FedAvg, workers=5, params={"turn": 3, "fraction": 0.6}, initial=np.zeros(20), steps=steps
+    )
+    await cluster.run(models, steps=steps)
+    sent = sum(one.content.nbytes for one in cluster.sent)
+    assert sent == pytest.approx(steps * FedAvg.traffic(cluster.codecs[0].ctx, 20))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5, float("nan")])
+def test_the_fraction_is_a_share(fraction):
+    with pytest.raises(ConfigError, match=r"fraction is .*; expected above 0 and at most 1"):
+        LocalCluster(FedAvg, params={"fraction": fraction})

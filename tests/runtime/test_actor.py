@@ -7,6 +7,7 @@ import pytest
 
 from aiosgd.codecs.base import SERVER, WORKERS, Block, Codec, Context, Envelope, Message
 from aiosgd.errors import CodecError, LocalProtocolError, PeerLostError
+from aiosgd.plugins.topologies import Ring, RingParams
 from aiosgd.runtime import actor as actor_module
 from aiosgd.runtime.actor import Actor
 
@@ -16,7 +17,7 @@ TWO = np.array([1.0, 2.0], np.float32)
 class Desk:
     """An actor of node 0 among workers 0, 1 and 2, and what it sends and consumes."""
 
-    def __init__(self, codec, mode="sync", role="worker", server=None):
+    def __init__(self, codec, mode="sync", role="worker", server=None, topology=None):
         self.sent = []
         self.consumed = []
         self.events = []
@@ -29,6 +30,7 @@ class Desk:
             block_owners=((0,), (1,), (2,)),
             mode=mode,
             steps=9,
+            topology=topology,
         )
         self.codec = codec.create(ctx)
         self.ctx = ctx
@@ -700,6 +702,14 @@ async def test_overdue_names_who_was_silent_and_who_was_heard():
         "codec Done on node 0 in step 1: no result within 10 s; waiting for nodes: 1; "
         "heard in this step from nodes: 2"
     )
+
+
+async def test_overdue_names_those_that_the_topology_lets_it_hear_from():
+    desk = Desk(Quiet, topology=Ring(RingParams(directed=True)).graph(3, 0))
+    assert "waiting for nodes: 2; heard in this step from nodes: nobody" in desk.actor.overdue(0, 1)
+    desk.message(0, sender=2)
+    await desk.play()
+    assert "set_result was not called; heard" in desk.actor.overdue(0, 1)
 
 
 async def test_a_late_message_does_not_count_as_heard():

@@ -12,6 +12,8 @@ from aiosgd.codecs.parameter_server import ParameterServer, Server
 from aiosgd.codecs.plain import Plain
 from aiosgd.errors import CodecError, ConfigError, PluginLoadError, PluginNotFoundError
 from aiosgd.plugins.datasets import Data, Synthetic
+from aiosgd.plugins.registry import make_params
+from aiosgd.plugins.topologies import Regular
 from aiosgd.runtime import workload
 from aiosgd.runtime.config import JobConfig
 from tests.runtime.memory_transport import load_small
@@ -153,6 +155,17 @@ def test_a_compressor_may_be_for_the_server_half_alone():
         workload._check_codec(job, workload.Codecs(codec=Whole, server_codec=FedAvgServer))
 
 
+def test_a_topology_without_effect_is_refused():
+    assert refusal({"codec": "plain", "topology": "ring"}) == (
+        "topology 'ring' has no effect: codec 'plain' uses none"
+    )
+    assert refusal({"codec": "dpsgd", "topology_params": {"degree": 4}}) == (
+        "topology.degree: Full has no such parameter; it has: none"
+    )
+    with pytest.raises(PluginNotFoundError, match="no topology is named 'nonesuch'"):
+        load_small({"codec": "dpsgd", "topology": "nonesuch"})
+
+
 def test_overlap_is_refused_where_it_makes_no_sense():
     assert refusal({"overlap": True, "mode": "async"}) == (
         "overlap is for mode 'sync'; async workers never wait for an exchange"
@@ -212,6 +225,7 @@ def test_parameters_are_checked_with_the_place_where_they_stand():
         "dataset_params": {"sample": 1},
         "partition_params": {"alpha": 1.0},
         "assignment_params": {"size": 1},
+        "topology_params": {"degree": 1},
         "optimizer_params": {"momentun": 0.5},
     }
     for option, values in options.items():
@@ -414,6 +428,36 @@ def test_each_optimizer_is_fresh():
     assert first.learning_rate == pytest.approx(0.1)
 
 
+def test_every_context_has_the_topology_of_the_job():
+    options = {"codec": "dpsgd", "topology": "regular", "topology_params": {"degree": 3}}
+    load = load_small({**options, "seed": 5}, 6)
+    topology = Regular(make_params(Regular, options["topology_params"], "topology"))
+    graphs = [topology.graph(6, seed) for seed in (5, 6)]
+    ours, others = ([graph.receivers(i) for i in range(6)] for graph in graphs)
+    codecs = [load.make_codec(i, 0, range(6), (), load.initial()) for i in range(6)]
+    assert [codec.ctx.neighbours for codec in codecs] == ours != others
+    assert load.mixing == f"topology regular: spectral gap {graphs[0].spectral_gap:.3g}"
+
+
+def test_a_full_topology_is_none_and_nothing_is_said_of_it():
+    load = load_small({"codec": "dpsgd"}, 3)
+    assert (load.topology, load.mixing) == (None, "")
+    assert load.make_codec(0, 0, (0, 1, 2), (), load.initial()).ctx.neighbours == (1, 2)
+
+
+def test_a_job_that_is_sent_has_links_in_the_place_of_their_file(tmp_path):
+    path = tmp_path / "links.txt"
+    path.write_text("0 1\n1 2\n")
+    job = JobConfig(codec="dpsgd", topology="edges", topology_params={"file": str(path)})
+    sent = workload.portable(job)
+    path.unlink()
+    assert sent.topology_params["links"] == [[0, 1], [1, 2]]
+    assert workload.portable(sent) == sent
+    assert workload._graph(sent, 3).receivers(1) == (0, 2)
+    ring = JobConfig(codec="dpsgd", topology="ring")
+    assert workload.portable(ring) is ring
+
+
 def test_plugins_of_names_everything_that_nodes_must_have():
     job = JobConfig(codec="parameter_server", server_codec="plain", compressor="fp16")
     named = {(entry.kind, entry.name) for entry in workload.plugins_of(job)}
@@ -425,6 +469,7 @@ def test_plugins_of_names_everything_that_nodes_must_have():
         ("dataset", "digits"),
         ("partition", "shared"),
         ("assignment", "iid"),
+        ("topology", "full"),
         ("optimizer", "sgd"),
     }
     files = JobConfig(codec="a.py:A", server_codec="b.py:B")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -11,6 +13,10 @@ import numpy.typing as npt
 from aiosgd.plugins.registry import NoParams
 
 Array: TypeAlias = npt.NDArray[Any]
+
+FLOATS = (np.float32, np.float64)
+MAX_SIZE = 2**31  # elements of one array, as a peer may claim
+MAX_DIMENSIONS = 32  # what every version of numpy takes
 
 
 class Compressor(ABC):
@@ -22,15 +28,21 @@ class Compressor(ABC):
 
     Class attributes:
         Params: its parameters, a frozen dataclass; a compressor without has none.
+        keeps: what it remembers of each stream, by name.
+
+    Attributes:
         unbiased: whether E C(x) = x.
+        memory: what -> stream -> array, for all that it keeps.
     """
 
     Params: ClassVar[type] = NoParams
-    unbiased: ClassVar[bool] = False
+    keeps: ClassVar[Sequence[str]] = ()
+    unbiased: bool = False
 
     def __init__(self, params: Any, rng: np.random.Generator) -> None:
         self.params = params
         self.rng = rng
+        self.memory: dict[str, dict[str, Array]] = {what: {} for what in self.keeps}
 
     @abstractmethod
     def compress(self, array: Array, stream: str | None) -> Any:
@@ -65,15 +77,42 @@ class Compressor(ABC):
         """
         return None
 
+    def recall(self, what: str, stream: str, shape: tuple[int, ...]) -> Array | None:
+        """Return what is remembered of a stream, None if it is new.
+
+        Raises:
+            ValueError: it is of another shape.
+        """
+        kept = self.memory[what].get(stream)
+        if kept is not None and kept.shape != shape:
+            raise ValueError(
+                f"{what} of stream {stream!r} has shape {kept.shape}; expected {shape}: "
+                f"a stream's arrays are all of one shape"
+            )
+        return kept
+
     @property
     def state(self) -> dict[str, Array]:
-        """What it remembers, stream by stream, as a checkpoint keeps it: name -> array."""
-        return {}
+        """Copies of what it remembers, as a checkpoint keeps it: `what/stream` -> array.
+
+        The random generator is not part of it: who made it keeps its state.
+        """
+        return {
+            f"{what}/{stream}": array.copy()
+            for what, streams in self.memory.items()
+            for stream, array in streams.items()
+        }
 
     @state.setter
     def state(self, state: dict[str, Array]) -> None:
-        if state:
-            raise ValueError(f"{type(self).__name__} remembers nothing, but got {sorted(state)}")
+        memory: dict[str, dict[str, Array]] = {what: {} for what in self.keeps}
+        for name, array in state.items():
+            what, slash, stream = name.partition("/")
+            if not slash or what not in memory:
+                kept = ", ".join(f"{what}/STREAM" for what in self.keeps) or "nothing"
+                raise ValueError(f"{type(self).__name__} remembers {kept}, but got {name!r}")
+            memory[what][stream] = np.array(array)
+        self.memory = memory
 
 
 class Wrapper(Compressor):
@@ -82,6 +121,9 @@ class Wrapper(Compressor):
     Args:
         params, rng: as above.
         inner: the compressor that makes the payloads.
+
+    Raises:
+        ConfigError: it cannot be put around that one.
     """
 
     def __init__(self, params: Any, rng: np.random.Generator, inner: Compressor) -> None:
@@ -91,3 +133,80 @@ class Wrapper(Compressor):
     def decompress(self, payload: Any) -> Array:
         """Return what the inner compressor makes of its payload."""
         return self.inner.decompress(payload)
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """What it remembers itself, and what the inner one does as `inner/...`."""
+        inner = {f"inner/{name}": array for name, array in self.inner.state.items()}
+        return {**super().state, **inner}
+
+    @state.setter
+    def state(self, state: dict[str, Array]) -> None:
+        own = {name: array for name, array in state.items() if not name.startswith("inner/")}
+        inner = {n.removeprefix("inner/"): a for n, a in state.items() if n not in own}
+        Compressor.state.__set__(self, own)  # type: ignore[attr-defined]
+        self.inner.state = inner
+
+
+# what compressors share: arrays that they take, payloads of a peer ---------------------------
+
+
+def floats(array: Array) -> Array:
+    """Return an array's values as a contiguous vector, without a copy where that is possible.
+
+    Raises:
+        ValueError: they are not float32 or float64.
+    """
+    if array.dtype not in FLOATS:
+        raise ValueError(f"array is {array.dtype}; expected a float array of 32 or 64 bits")
+    return np.ascontiguousarray(array).reshape(-1)
+
+
+def require_finite(values: Array, stream: str | None) -> None:
+    """Raise ValueError if a value is infinite or NaN: memory would never get rid of it."""
+    if not np.isfinite(values).all():
+        bad = values[~np.isfinite(values)][0]
+        raise ValueError(f"a value is {bad} in stream {stream!r}; expected finite values")
+
+
+def fields(payload: Any, *names: str) -> list[Any]:
+    """Return the values of a payload that has to be a dict of just these names.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(payload, dict) or payload.keys() != set(names):
+        kind = f"a dict of {sorted(map(str, payload))}" if isinstance(payload, dict) else None
+        raise ValueError(
+            f"payload is {kind or type(payload).__name__}; expected a dict of {', '.join(names)}"
+        )
+    return [payload[name] for name in names]
+
+
+def checked_shape(shape: Any) -> tuple[int, ...]:
+    """Return the shape that a payload names.
+
+    Raises:
+        ValueError: it is none, or of more than 2**31 elements.
+    """
+    if (
+        not isinstance(shape, list | tuple)
+        or len(shape) > MAX_DIMENSIONS
+        or not all(type(n) is int and 0 <= n <= MAX_SIZE for n in shape)
+        or math.prod(shape) > MAX_SIZE
+    ):
+        raise ValueError(f"payload's shape is {shape!r:.80}; expected up to 2**31 elements")
+    return tuple(shape)
+
+
+def checked_array(array: Any, name: str, dtypes: Sequence[Any], shape: tuple[int, ...]) -> Array:
+    """Return the array that a payload has under a name.
+
+    Raises:
+        ValueError: it is none, or its dtype or shape is another.
+    """
+    if not isinstance(array, np.ndarray) or array.dtype not in dtypes or array.shape != shape:
+        found = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else None
+        wanted = " or ".join(f"{np.dtype(dtype)}{list(shape)}" for dtype in dtypes)
+        raise ValueError(f"payload's {name} is {found or type(array).__name__}; expected {wanted}")
+    return array

@@ -14,8 +14,13 @@ from aiosgd.errors import ConfigError
 from aiosgd.plugins.compressors.base import Compressor, Wrapper
 from aiosgd.plugins.registry import Registry, make_params
 
-EXPECTED = "a name, name(key=value, ...) or wrapper(inner, key=value, ...)"
+EXPECTED = "a chain is name, name(key=value, ...) or wrapper(chain, key=value, ...)"
+MAX_LENGTH = 1000  # characters; nodes read what a submitter sends
+MAX_DEPTH = 8
 _NAME = re.compile(r"\s*([A-Za-z_][\w.-]*)\s*")
+_KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=")
+_OPEN, _CLOSE, _COMMA = (re.compile(rf"\s*([{mark}])\s*") for mark in "(),")
+_END = re.compile(r"[,)]")
 
 
 @dataclass(frozen=True)
@@ -45,50 +50,79 @@ def parse(text: str, place: str = "compressor") -> Link:
     Raises:
         ConfigError: it is none.
     """
-    link, rest = _link(text, text, place)
-    if rest.strip():
-        raise _wrong(text, place)
-    return link
+    return _Reader(text, place).chain()
 
 
-def _link(text: str, whole: str, place: str) -> tuple[Link, str]:
-    """Read one link from the beginning of a text; return it and what is left."""
-    match = _NAME.match(text)
-    if match is None:
-        raise _wrong(whole, place)
-    name, rest = match[1], text[match.end() :]
-    if not rest.startswith("("):
-        return Link(name), rest
-    values: dict[str, Any] = {}
-    inner, rest = None, rest[1:]
-    while not rest.lstrip().startswith(")"):
-        key = _NAME.match(rest)
-        if key is not None and rest[key.end() : key.end() + 1] == "=":
-            values[key[1]], rest = _value(rest[key.end() + 1 :], whole, place)
-        elif inner is None and not values:
-            inner, rest = _link(rest, whole, place)
-        else:
-            raise _wrong(whole, place)
-        rest = rest.lstrip()
-        if rest.startswith(","):
-            rest = rest[1:]
-        elif not rest.startswith(")"):
-            raise _wrong(whole, place)
-    return Link(name, values, inner), rest.lstrip()[1:]
+class _Reader:
+    """Goes through a chain's text once, from left to right."""
 
+    def __init__(self, text: str, place: str) -> None:
+        self.text, self.place = text, place
+        self.at = 0
 
-def _value(text: str, whole: str, place: str) -> tuple[Any, str]:
-    """Read a TOML value up to the comma or bracket that ends it; the shortest that is one."""
-    for end in (match.start() for match in re.finditer(r"[,)]", text)):
-        try:
-            return tomllib.loads(f"value = {text[:end]}")["value"], text[end:]
-        except tomllib.TOMLDecodeError:
-            continue
-    raise _wrong(whole, place)
+    def chain(self) -> Link:
+        """Read all of it."""
+        if len(self.text) > MAX_LENGTH:
+            raise ConfigError(
+                f"{self.place} has {len(self.text)} characters; expected {MAX_LENGTH} at most"
+            )
+        link = self.link(MAX_DEPTH)
+        if self.at < len(self.text):
+            raise self.wrong("the end")
+        return link
 
+    def link(self, depth: int) -> Link:
+        """Read a name and what stands in brackets after it."""
+        name = self.match(_NAME)
+        if not name:
+            raise self.wrong("a name")
+        if not self.match(_OPEN):
+            return Link(name)
+        if not depth:
+            raise self.wrong(f"{MAX_DEPTH} brackets within each other at most")
+        inner, values = None, {}
+        while not self.match(_CLOSE):
+            if self.at == len(self.text):
+                raise self.wrong("a closing bracket")
+            key = self.match(_KEY)
+            if key in values:
+                raise ConfigError(f"{self.place} is {self.text!r}; {name} has {key} twice")
+            if key:
+                values[key] = self.value(key)
+            elif inner is None and not values:
+                inner = self.link(depth - 1)
+            else:
+                raise self.wrong("key=value" if _NAME.match(self.text, self.at) else "a bracket")
+            if not self.match(_COMMA) and not _CLOSE.match(self.text, self.at):
+                raise self.wrong("a comma or a bracket")
+        return Link(name, values, inner)
 
-def _wrong(text: str, place: str) -> ConfigError:
-    return ConfigError(f"{place} is {text!r}; expected {EXPECTED}")
+    def match(self, pattern: re.Pattern[str]) -> str:
+        """Go past what matches here, and return it; nothing if it does not."""
+        match = pattern.match(self.text, self.at)
+        if match is None:
+            return ""
+        self.at = match.end()
+        return match[1]
+
+    def value(self, key: str) -> Any:
+        """Read a TOML value up to the comma or bracket that ends it; the shortest that is one."""
+        for end in (match.start() for match in _END.finditer(self.text, self.at)):
+            try:  # as a list, which neither a comment nor a second key gets out of unnoticed
+                table = tomllib.loads(f"value = [{self.text[self.at : end]}]")
+            except (tomllib.TOMLDecodeError, RecursionError):
+                continue
+            if len(table) == 1 and len(table["value"]) == 1:
+                self.at = end
+                return table["value"][0]
+        raise self.wrong(f"a TOML value of {key} (strings in quotes), then a comma or a bracket")
+
+    def wrong(self, wanted: str) -> ConfigError:
+        """Return the error that says what was expected here."""
+        rest = self.text[self.at :]
+        where = f"{wanted} before {rest!r}" if self.at and rest else wanted
+        where = where if rest or not self.at else f"{wanted} after it"
+        return ConfigError(f"{self.place} is {self.text!r}; expected {where}: {EXPECTED}")
 
 
 def factory(
@@ -104,8 +138,8 @@ def factory(
         place: where the text stands, for messages.
 
     Raises:
-        ConfigError: it is no chain, a wrapper has nothing to wrap or the other way round, or a
-            parameter is wrong.
+        ConfigError: it is no chain, a wrapper has nothing to wrap or the other way round, it
+            refuses what it is around, or a parameter is wrong.
         PluginError: a plugin is missing or broken.
     """
     links = [*parse(text, place)]
@@ -113,8 +147,7 @@ def factory(
     for link in links:
         kind = registry.load(link.name)
         if issubclass(kind, Wrapper) != (link.inner is not None):
-            needs = "needs another one inside" if link.inner is None else "takes none inside"
-            raise ConfigError(f"{place} is {text!r}; {link.name} {needs}: {EXPECTED}")
+            raise ConfigError(f"{place} is {text!r}; {_misfit(link)}")
         own = {**link.values, **(values if link is links[-1] else {})}
         made.append((kind, make_params(kind, own, place)))
 
@@ -126,4 +159,11 @@ def factory(
             whole = kind(params, rng, whole)
         return whole
 
+    make(np.random.default_rng(0))  # a wrapper may refuse what it is put around
     return make
+
+
+def _misfit(link: Link) -> str:
+    if link.inner is None:
+        return f"{link.name} wraps another compressor: {link.name}(topk(ratio=0.01))"
+    return f"{link.name} is no wrapper, but has {link.inner.name} inside"

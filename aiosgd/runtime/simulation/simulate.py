@@ -45,6 +45,9 @@ class Observer(Protocol):
     def evaluated(self, evaluation: Evaluation) -> None:
         """A worker evaluated its weights."""
 
+    def noted(self, text: str) -> None:
+        """Something about the job is worth a line."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
@@ -175,6 +178,9 @@ def simulate(
     try:
         _write_job(folder, simulation, job_id)
         log.info("simulated on %s", simulation.scenario.network)
+        if text := simulation.load.mixing:
+            log.info(text)
+            observer.noted(text)
         observer.entered(Phase.RUNNING, job_id)
         played = play(simulation, report, begun)
         outcome = _write(played, simulation, folder, job_id, log)
@@ -198,7 +204,9 @@ def _write_job(folder: Path, simulation: Simulation, job_id: str) -> None:
     job: JobConfig = dataclasses.replace(
         simulation.load.job, workers=simulation.workers, servers=simulation.servers or None
     )
-    extra = {"job_id": job_id, "simulated": facts(simulation), "steps": simulation.load.steps}
+    load = simulation.load
+    extra = {"job_id": job_id, "simulated": facts(simulation), "steps": load.steps}
+    extra["spectral_gap"] = load.topology and load.topology.spectral_gap
     results.write_job(folder, job, extra)
 
 

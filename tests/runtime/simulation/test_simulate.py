@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ SYNC = [
     {"codec": "fedavg", "workers": 4, "codec_params": {"turn": 2}},
     {"codec": "parameter_server", "workers": 4, "overlap": True},
     {"codec": "allreduce", "workers": 4, "granularity": "tensor"},
+    {"codec": "dpsgd", "topology": "ring", "workers": 4},
     {"codec": "plain", "workers": 2, "optimizer_params": {"momentum": 0.9}, "partition": "iid"},
 ]
 """Jobs whose results a real run and a simulation must have in common."""
@@ -82,6 +84,15 @@ def test_it_leaves_the_files_of_a_real_run_and_says_that_it_was_simulated(cluste
     again = aiosgd.simulate(job_file=virtual.folder / "job.toml", output=runs)
     assert bits(again) == bits(virtual)
     assert again.trace.digest == virtual.trace.digest
+
+
+def test_the_spectral_gap_is_said_and_kept(cluster, runs):
+    options = {**SMALL, "workers": 4, "output": runs, "codec": "dpsgd", "topology": "ring"}
+    for outcome in (aiosgd.submit(cluster, **options), aiosgd.simulate(**options)):
+        run = tomllib.loads((outcome.folder / "job.toml").read_text())["run"]
+        assert run["spectral_gap"] == pytest.approx(2 / 3)
+        log = (outcome.folder / "submit.log").read_text()
+        assert "INFO topology ring: spectral gap 0.667\n" in log
 
 
 def test_times_are_virtual(runs):
