@@ -144,7 +144,7 @@ async def _converse(
     try:
         answer = caller.answer(await call.ask(link, caller.hello()))
         if unix and (shortcut := await _shortcut(caller.offers, facts, security)) is not None:
-            link.close()
+            link.abort()  # nothing is on its way, and nobody waits for the node's goodbye
             return shortcut
         link.limits = DEFAULT_LIMITS  # the node has proved what it must
         caller.check_welcome(await call.ask(link, answer))
