@@ -513,8 +513,12 @@ def test_after_some_faults_nobody_hangs_or_is_busy_or_wrong(clusters, name, coun
 @pytest.mark.parametrize("name", CLUSTERS)
 @pytest.mark.parametrize("kinds", [CRASHES, CUTS], ids=["crashes", "cuts"])
 def test_after_any_fault_nobody_hangs_or_is_busy_or_wrong(clusters, name, kinds):
+    """All faults of the three nodes; of five nodes a third, unless AIOSGD_EVERY_FAULT is set."""
     cluster, well = clusters(name)
-    figures = enumerate_faults(cluster, faults(cluster, kinds, well), well)
+    plan = faults(cluster, kinds, well)
+    if name != "two workers and a server" and "AIOSGD_EVERY_FAULT" not in os.environ:
+        plan = sample(plan, len(plan) // 3)
+    figures = enumerate_faults(cluster, plan, well)
     report(name, figures)
     assert not figures.wrong
     assert {phase for _, _, phase, _ in figures.times} >= PHASES
