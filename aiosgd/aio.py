@@ -26,6 +26,7 @@ from aiosgd.runtime.config import (
 )
 from aiosgd.runtime.coordinator import Observer, Request, code_files, load_job, run_job
 from aiosgd.runtime.harvest import Outcome
+from aiosgd.runtime.job import server_ids
 from aiosgd.runtime.security import SecurityFiles
 from aiosgd.runtime.simulation.faults import parse_faults, parse_stragglers
 from aiosgd.runtime.simulation.network import NetworkModel
@@ -171,7 +172,7 @@ async def simulate(
     loaded, _ = await asyncio.to_thread(
         load_job, job, workers, Path(data_dir or default_data_dir())
     )
-    nodes = [*range(workers), *range(-1, -1 - servers, -1)]
+    nodes = [*range(workers), *server_ids(servers)]
     scenario = Scenario(
         network=network if isinstance(network, NetworkModel) else load_network(network),
         slow=parse_stragglers(stragglers, workers, job.seed),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from aiosgd.codecs.base import Exchange, Mode
 from aiosgd.errors import ConfigError
 from aiosgd.plugins.registry import check_value, nearest
+from aiosgd.runtime.job import server_ids
 from aiosgd.runtime.simulation.faults import parse_faults, parse_stragglers
 
 LIMITS = {"workers": 64, "servers": 8, "steps": 100_000, "size": 1 << 24}
@@ -64,7 +65,7 @@ class Case:
     @property
     def nodes(self) -> tuple[int, ...]:
         """All nodes: workers 0, 1, …, servers -1, -2, …."""
-        return (*range(self.workers), *range(-1, -1 - self.servers, -1))
+        return (*range(self.workers), *server_ids(self.servers))
 
     def __str__(self) -> str:
         """Return the text that `parse` reads; what has its default is left out."""

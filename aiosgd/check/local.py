@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import math
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,9 +17,8 @@ from aiosgd.codecs.base import Array, Codec, Context, Vector, mean
 from aiosgd.codecs.testing import Happening, LocalCluster, Sent
 from aiosgd.errors import JobFailedError
 from aiosgd.plugins.registry import error_text
-from aiosgd.runtime.simulation.loop import SECOND, LimitError, VirtualLoop
+from aiosgd.runtime.simulation.loop import LimitError, run_virtually
 
-T = TypeVar("T")
 Values: TypeAlias = Callable[[Case, int, int], Vector]  # case, step, block -> value
 
 # more messages per node, block and step than any exchange needs: what goes on has no end
@@ -149,7 +147,7 @@ def play_with(
             cluster.stop()
 
     try:
-        virtually(main(), CALLBACKS * most)
+        run_virtually(main(), events=CALLBACKS * most)
         run.error = _changed(subject, taken)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a codec may raise anything
         run.stuck = isinstance(error, JobFailedError)
@@ -162,23 +160,6 @@ def message_limit(case: Case) -> int:
     blocks = math.comb(case.workers, case.redundancy) * case.redundancy * case.steps
     parts = 10 * case.size * case.steps  # a codec may send element by element
     return len(case.nodes) * (MESSAGES * blocks + parts)
-
-
-def virtually(main: Coroutine[Any, Any, T], callbacks: int, seconds: float | None = None) -> T:
-    """Run a coroutine in virtual time; what never ends raises.
-
-    Raises:
-        DeadlockError: nothing can happen any more.
-        LimitError: it takes more callbacks or virtual seconds.
-    """
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        loop = cast("VirtualLoop", runner.get_loop())
-        loop.event_limit = callbacks
-        loop.time_limit_ns = None if seconds is None else round(seconds * SECOND)
-        try:
-            return runner.run(main)
-        finally:
-            loop.event_limit = loop.time_limit_ns = None  # what is left ends as it likes
 
 
 def _cluster(

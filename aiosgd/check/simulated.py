@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiosgd.check.case import Case
-from aiosgd.check.local import CALLBACKS, message_limit, virtually
+from aiosgd.check.local import CALLBACKS, message_limit
 from aiosgd.check.problem import make_workload
 from aiosgd.check.story import Moment, Story, described, waits
 from aiosgd.check.subject import Subject
@@ -18,7 +18,7 @@ from aiosgd.codecs.base import Vector
 from aiosgd.plugins.registry import error_text
 from aiosgd.runtime.job import node_name
 from aiosgd.runtime.simulation.faults import Crash, parse_faults, parse_stragglers
-from aiosgd.runtime.simulation.loop import SECOND, LimitError
+from aiosgd.runtime.simulation.loop import SECOND, LimitError, run_virtually
 from aiosgd.runtime.simulation.network import NetworkModel, Path
 from aiosgd.runtime.simulation.trace import Trace, What
 from aiosgd.runtime.simulation.world import Ending, Scenario, World
@@ -98,7 +98,8 @@ def simulate(subject: Subject, case: Case, *, noise: float = 0.0) -> Job:
         return await worlds[0].run()
 
     try:
-        ending = virtually(main(), CALLBACKS * message_limit(case), LIMIT_S)
+        most = CALLBACKS * message_limit(case)
+        ending = run_virtually(main(), seconds=LIMIT_S, events=most)
         job.error, job.time_s = ending.error, ending.time_s
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a codec may raise anything
         job.error, job.endless = error_text(error), isinstance(error, LimitError)

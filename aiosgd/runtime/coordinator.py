@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import datetime as dt
 import functools
 import hashlib
 import secrets
@@ -61,8 +60,6 @@ from aiosgd.runtime.workload import Workload
 
 # how often deadlines are looked at
 TICK = 0.25
-# ids to draw for a job at most: of the 65,536 of one second most are free
-DRAWS = 20
 # longest wait for the nodes to end their links after a job
 FAREWELL = 1.0
 
@@ -212,7 +209,7 @@ class Coordinator:
 
     def __post_init__(self) -> None:
         job = self.request.job
-        self.job_id = self._draw_id()
+        self.job_id = results.draw_job_id(job)
         self.workers = sorted(node for node in self.nodes if node >= 0)
         self.servers = sorted((node for node in self.nodes if node < 0), reverse=True)
         self.machine = Job(self.workers, self.servers, job.target_accuracy)
@@ -224,26 +221,9 @@ class Coordinator:
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def _draw_id(self) -> str:
-        job = self.request.job
-        name = job.title or Path(job.codec.rpartition(":")[2]).name
-        return results.new_job_id(dt.datetime.now(), name, secrets.token_hex(2))
-
-    def _new_folder(self) -> Path:
-        """Make the run folder; where another job of this second drew the same id, draw again."""
-        output = Path(self.request.job.output)
-        for _ in range(DRAWS):
-            try:
-                return results.create_folder(output, self.job_id)
-            except ConfigError as error:
-                if not isinstance(error.__cause__, FileExistsError):
-                    raise
-            self.job_id = self._draw_id()
-        return results.create_folder(output, self.job_id)
-
     async def run(self) -> Outcome:
         """Run the job; see `run_job`."""
-        self.folder = self._new_folder()
+        self.job_id, self.folder = results.new_folder(self.request.job, self.job_id)
         self._log, handler = results.open_log(self.folder / "submit.log")
         self._harvest = Harvest(self.folder, self.load, self.nodes, self._log)
         try:

@@ -329,6 +329,11 @@ class Job:
         return node_name(node)
 
 
+def server_ids(count: int) -> tuple[int, ...]:
+    """Return the ids of a job's servers: -1, -2, …."""
+    return tuple(range(-1, -1 - count, -1))
+
+
 def node_name(node: int) -> str:
     """Return how messages name a node: `worker 3`, `server -1`."""
     return f"server {node}" if node < 0 else f"worker {node}"

@@ -221,22 +221,13 @@ class Part:
         Args:
             weights: whether to add the weights.
         """
-        session, mesh = self.session, self.mesh
-        if session is None or mesh is None:
+        session = self.session
+        if session is None:
             return {"log": np.frombuffer(self.log_bytes(), np.uint8)}
         return {
-            "train": session.train.columns(),
-            "evaluations": session.evaluations.columns(),
+            **session.facts(weights=weights),
             "log": np.frombuffer(self.log_bytes(), np.uint8),
-            "weights": session.weights if weights else None,  # a server has none before the start
             "record": self._recorder.rows.columns() if self._recorder else None,
-            "figures": {
-                "samples": session.samples,
-                "train_s": session.train_s,
-                "late": session.late,
-                "bytes_sent": mesh.bytes_sent,
-                "bytes_received": mesh.bytes_received,
-            },
         }
 
     def verdict(self, epoch: int, stop: bool) -> None:

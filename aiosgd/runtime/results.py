@@ -41,6 +41,8 @@ from aiosgd.runtime.config import JobConfig, from_dict, to_dict
 
 # Job ids and folders -----------------------------------------------------------------------
 
+# ids to draw for a job at most: of the 65,536 of one second most are free
+DRAWS = 20
 _JOB_ID = re.compile(r"\d{8}-\d{6}-(?!\.)[A-Za-z0-9_.-]{1,40}-[0-9a-f]{4}", re.ASCII)
 
 
@@ -58,6 +60,12 @@ def new_job_id(now: datetime, title: str, token: str) -> str:
     """
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title.rpartition("/")[2]).lstrip(".")[:40]
     return check_job_id(f"{now:%Y%m%d-%H%M%S}-{name or 'job'}-{token}")
+
+
+def draw_job_id(job: JobConfig) -> str:
+    """Return an id for a job that is submitted now."""
+    title = job.title or Path(job.codec.rpartition(":")[2]).name
+    return new_job_id(datetime.now(), title, secrets.token_hex(2))
 
 
 def is_job_id(text: str) -> bool:
@@ -90,6 +98,29 @@ def create_folder(output: Path, job_id: str) -> Path:
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made: {error.strerror}") from error
     return folder
+
+
+def new_folder(job: JobConfig, job_id: str) -> tuple[str, Path]:
+    """Make a job's run folder; where another job of this second drew the same id, draw again.
+
+    Args:
+        job: whose folder it is.
+        job_id: the first id to try.
+
+    Returns:
+        The id that the job has now, and its folder.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    for _ in range(DRAWS):
+        try:
+            return job_id, create_folder(Path(job.output), job_id)
+        except ConfigError as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+        job_id = draw_job_id(job)
+    return job_id, create_folder(Path(job.output), job_id)
 
 
 def open_log(path: Path) -> tuple[logging.Logger, logging.Handler]:

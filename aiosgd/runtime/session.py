@@ -480,6 +480,26 @@ class Session:
 
     # what a run leaves
 
+    def facts(self, *, weights: bool) -> dict[str, Any]:
+        """Return all of it that there is so far, as the submitter gets it.
+
+        Args:
+            weights: whether to add the weights; a server has none before the start.
+        """
+        transport = self.place.transport
+        return {
+            "train": self.train.columns(),
+            "evaluations": self.evaluations.columns(),
+            "weights": self.weights if weights else None,
+            "figures": {
+                "samples": self.samples,
+                "train_s": self.train_s,
+                "late": self.late,
+                "bytes_sent": transport.bytes_sent,
+                "bytes_received": transport.bytes_received,
+            },
+        }
+
     def _now(self) -> float:
         return self.place.clock()
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from aiosgd.plugins.compressors.base import Array, Compressor
+from aiosgd.plugins.compressors.base import Array, Compressor, checked_array
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -204,14 +204,8 @@ def _shape(payload: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _check(name: str, vector: object, kind: np.dtype[Any], length: int) -> None:
-    if not isinstance(vector, np.ndarray):
-        wrong = type(vector).__name__
-        raise ValueError(f"{name} is {wrong}; expected an array")  # noqa: TRY004 (a peer's value)
-    if vector.dtype != kind or vector.shape != (length,):
-        raise ValueError(
-            f"{name} is {vector.dtype} of shape {vector.shape}; expected {kind} of ({length},)"
-        )
+def _check(name: str, payload: object, kind: np.dtype[Any], length: int) -> None:
+    vector = checked_array(payload, name, (kind,), (length,))
     if kind.kind == "f" and not ((vector >= 0) & (vector <= LARGEST_SCALE)).all():
         raise ValueError(f"{name} has a value that is not from 0 to {LARGEST_SCALE:.4g}")
 

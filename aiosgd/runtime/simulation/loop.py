@@ -327,19 +327,23 @@ for _name in REFUSED.split():
     setattr(VirtualLoop, _name, _refuse(_name))
 
 
-def run_virtually(main: Coroutine[Any, Any, T], *, seconds: float | None = None) -> T:
+def run_virtually(
+    main: Coroutine[Any, Any, T], *, seconds: float | None = None, events: int | None = None
+) -> T:
     """Run a coroutine to its end in virtual time.
 
     Args:
         main: the coroutine.
         seconds: of virtual time that it may take; None is any.
+        events: callbacks that it may take; None is any number.
 
     Raises:
         DeadlockError: nothing can happen any more.
-        LimitError: it takes longer.
+        LimitError: it takes longer, or more callbacks.
     """
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         loop = cast("VirtualLoop", runner.get_loop())
+        loop.event_limit = events
         loop.time_limit_ns = None if seconds is None else round(seconds * SECOND)
         try:
             return runner.run(main)

@@ -22,7 +22,7 @@ from aiosgd.runtime import results, workload
 from aiosgd.runtime.config import JobConfig
 from aiosgd.runtime.coordinator import code_files
 from aiosgd.runtime.harvest import Outcome
-from aiosgd.runtime.job import node_name
+from aiosgd.runtime.job import node_name, server_ids
 from aiosgd.runtime.learner import Sampler
 from aiosgd.runtime.part import first_error
 from aiosgd.runtime.pool import Pool
@@ -72,7 +72,7 @@ def replay(
         JobCancelledError: the debugger was quit.
     """
     summary, job = results.read_summary(folder), _read_job(folder)
-    nodes = (*range(job.workers or 1), *range(-1, -1 - (job.servers or 0), -1))
+    nodes = (*range(job.workers or 1), *server_ids(job.servers or 0))
     if pdb != (node is not None) or not (node is None or node in nodes):
         expected = f"neither, or both with a node of {', '.join(map(str, nodes))}"
         raise ConfigError(f"node is {node} and pdb is {pdb}; expected {expected}")

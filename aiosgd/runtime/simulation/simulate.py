@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import datetime as dt
 import gc
 import platform
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import threadpoolctl
@@ -21,8 +19,9 @@ import threadpoolctl
 from aiosgd.errors import JobCancelledError, JobFailedError
 from aiosgd.runtime import results
 from aiosgd.runtime.config import JobConfig
+from aiosgd.runtime.coordinator import Observer
 from aiosgd.runtime.harvest import End, Harvest, Outcome
-from aiosgd.runtime.job import Phase
+from aiosgd.runtime.job import Phase, server_ids
 from aiosgd.runtime.session import Evaluation, Progress
 from aiosgd.runtime.simulation.guard import guard, modules_of, unguarded
 from aiosgd.runtime.simulation.loop import run_virtually
@@ -31,22 +30,6 @@ from aiosgd.runtime.simulation.world import Ending, Scenario, World
 from aiosgd.runtime.workload import Workload
 
 Cancel: TypeAlias = Callable[[], object]
-
-
-class Observer(Protocol):
-    """Watches a job; see `runtime.coordinator`."""
-
-    def entered(self, phase: Phase, job_id: str) -> None:
-        """The job entered a phase."""
-
-    def progressed(self, progress: Progress) -> None:
-        """A worker said how far it is."""
-
-    def evaluated(self, evaluation: Evaluation) -> None:
-        """A worker evaluated its weights."""
-
-    def noted(self, text: str) -> None:
-        """Something about the job is worth a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +103,7 @@ def play(
         assert task is not None
         unguarded(begun)(lambda: loop.call_soon_threadsafe(task.cancel))
         workers = tuple(range(simulation.workers))
-        servers = tuple(range(-1, -1 - simulation.servers, -1))
+        servers = server_ids(simulation.servers)
         scenario, observer = simulation.scenario, unguarded(report)
         world = World(simulation.load, workers, servers, scenario, trace, observer)
         return world, await world.run()
@@ -171,9 +154,7 @@ def simulate(
             observer.evaluated(news)
 
     job = simulation.load.job
-    name = job.title or Path(job.codec.rpartition(":")[2]).name
-    job_id = results.new_job_id(dt.datetime.now(), name, secrets.token_hex(2))
-    folder = results.create_folder(Path(job.output), job_id)
+    job_id, folder = results.new_folder(job, results.draw_job_id(job))
     log, handler = results.open_log(folder / "submit.log")
     try:
         _write_job(folder, simulation, job_id)
@@ -259,18 +240,6 @@ def _write(
 
 def _left(world: World, node: int) -> dict[str, Any]:
     """Return what a node leaves, as a real one sends it to its submitter."""
-    session, transport = world.sessions[node], world.transports[node]
     log = "".join(f"{line}\n" for line in world.logs[node])
-    return {
-        "train": session.train.columns(),
-        "evaluations": session.evaluations.columns(),
-        "log": np.frombuffer(log.encode(), np.uint8),
-        "weights": session.weights if node == 0 else None,
-        "figures": {
-            "samples": session.samples,
-            "train_s": session.train_s,
-            "late": session.late,
-            "bytes_sent": transport.bytes_sent,
-            "bytes_received": transport.bytes_received,
-        },
-    }
+    facts_of_run = world.sessions[node].facts(weights=node == 0)
+    return {**facts_of_run, "log": np.frombuffer(log.encode(), np.uint8)}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from aiosgd.errors import AiosgdError, PeerLostError
+from aiosgd.errors import PeerLostError
 from aiosgd.plugins.registry import error_text
 from aiosgd.runtime.executor import INLINE_LIMIT
 from aiosgd.runtime.frame import encode
@@ -36,6 +36,7 @@ from aiosgd.runtime.job import (
 )
 from aiosgd.runtime.learner import Computed, Learner, Sampler
 from aiosgd.runtime.mesh import DEAD_AFTER, HEARTBEAT
+from aiosgd.runtime.part import first_error
 from aiosgd.runtime.session import Evaluation, Place, Progress, Session
 from aiosgd.runtime.simulation.draws import uniform
 from aiosgd.runtime.simulation.faults import Crash, Cut, Fault
@@ -51,7 +52,6 @@ FLOPS_PER_WEIGHT = 6
 PASSES = 3
 """How many times longer a sample's gradient takes than its evaluation."""
 _NOISE = 3  # the purpose of a draw
-_LISTENERS = 4  # as Part's, a session's errors come one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,7 +390,7 @@ class World:
         """Take a node's word that it cannot go on."""
         if node in self._dead:
             return
-        first = _first(error)
+        first = first_error(error)
         if not self._machine.error:
             self._cause = first
         text = error_text(first)
@@ -490,11 +490,3 @@ class World:
         if not self._machine.error:
             self._cause = PeerLostError(f"{node_name(node)} lost: {reason}")
         self._apply(Lost(node, reason, self.loop.time()))
-
-
-def _first(error: BaseException) -> BaseException:
-    """Return the first deliberate error of an exception group, else the first error."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    leaves = [_first(inner) for inner in error.exceptions]
-    return next((leaf for leaf in leaves if isinstance(leaf, AiosgdError)), leaves[0])
