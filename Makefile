@@ -11,7 +11,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2 -m "not proof" --cov=aiosgd --cov-branch --cov-report= --cov-fail-under=95
+	$(BIN)/python -m pytest -q -n 2 -m "not proof and not extra" --cov=aiosgd --cov-branch --cov-report= --cov-fail-under=95
 	$(BIN)/python -m pytest -q -n 2 -m proof
 
 .venv/installed: pyproject.toml
