@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aiosgd.display import size, span
+
 if TYPE_CHECKING:
     from aiosgd.runtime.archive import Entry
     from aiosgd.runtime.survey import Fate, Seen
@@ -242,7 +244,7 @@ def _headline(fate: Fate) -> list[str]:
 
 
 def _sentence(fate: Fate) -> str:
-    took = f" after {_span(fate.took)}" if fate.took is not None else ""
+    took = f" after {span(fate.took)}" if fate.took is not None else ""
     began = f", began {_clock(fate.began)}" if fate.began is not None else ""
     return f"{fate.job_id}{began}: {_ending(fate.state + took, fate.reason)}"
 
@@ -267,7 +269,7 @@ def _ended_rows(seen: Sequence[Seen], fate: Fate) -> list[list[str]]:
 
 def _fate_cells(entry: Entry) -> list[str]:
     ended, began = entry.ended, entry.began
-    took = _span(ended - began) if ended is not None and began is not None else ""
+    took = span(ended - began) if ended is not None and began is not None else ""
     return [entry.state, _clock(began), took, "" if entry.state == "done" else entry.reason]
 
 
@@ -297,7 +299,7 @@ def why_lines(seen: Sequence[Seen], fate: Fate | None) -> list[str]:
 def _cause(actor: Mapping[str, Any], training: str) -> str:
     """Return what a codec waits for, unless its worker needs nothing of it now."""
     needed = actor["hook"] or training in ("", WAITS, HELD)
-    hook = f"in {actor['hook']} for {_span(actor['since'])}" if actor["hook"] else "idle"
+    hook = f"in {actor['hook']} for {span(actor['since'])}" if actor["hook"] else "idle"
     early = f", {actor['early']} early" if actor["early"] else ""
     return (
         f"{actor['codec']} (group {actor['group']}, step {actor['step']}): {hook}; "
@@ -311,7 +313,7 @@ def history_lines(fates: Sequence[Fate]) -> list[str]:
         return ["no job yet"]
     rows = [["job", "state", "nodes", "began", "took", "reason"]]
     for fate in fates:
-        took = "" if fate.took is None else _span(fate.took)
+        took = "" if fate.took is None else span(fate.took)
         count = str(len(fate.nodes))
         rows.append([fate.job_id, fate.state, count, _clock(fate.began), took, fate.reason])
     return _table(rows)
@@ -339,16 +341,6 @@ def _clock(moment: float | None) -> str:
     then, now = time.localtime(moment), time.localtime()
     same = then[:3] == now[:3]
     return time.strftime("%H:%M:%S" if same else "%Y-%m-%d %H:%M:%S", then)
-
-
-def _span(seconds: float) -> str:
-    """Return a duration as people read it: 4.1 s, 12 min, 3 h 20 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 # The others --------------------------------------------------------------------------------------

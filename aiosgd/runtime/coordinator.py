@@ -9,7 +9,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
@@ -89,6 +89,9 @@ class Observer(Protocol):
 
     def noted(self, text: str) -> None:
         """Something about the job is worth a line."""
+
+    def attended(self, present: Collection[int], workers: int) -> None:
+        """These of so many workers take part from now on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +260,7 @@ class Silent:
     def entered(self, *_: Any) -> None:
         """Do nothing."""
 
-    progressed = evaluated = printed = noted = entered
+    progressed = evaluated = printed = noted = attended = entered
 
 
 async def start_job(request: Request, observer: Observer) -> Path:
@@ -364,6 +367,7 @@ class Coordinator:
         self._harvest = Harvest(self.folder, self.load, self.nodes, self._log)
         try:
             self._write_job()
+            self.observer.noted(f"job {self.job_id}: {self.load.banner(self.nodes)}")
             if text := self.load.mixing:
                 self._log.info(text)
                 self.observer.noted(text)
@@ -607,7 +611,7 @@ class Coordinator:
 
     def _without(self, node: int, reason: str) -> None:
         """Note that the job goes on without a worker."""
-        living = len(self.workers) - len(self.machine.lost)
+        living = self._attend()
         self.observer.noted(
             f"{node_name(node)} lost: {reason}; going on with {living} of {len(self.workers)}"
         )
@@ -615,6 +619,12 @@ class Coordinator:
             self._harvest.lost[node] = reason
             self._incarnations[node] += 1
             self._watches.append(asyncio.ensure_future(self._await(node)))
+
+    def _attend(self) -> int:
+        """Tell which workers take part, and return how many."""
+        living = [node for node in self.workers if node not in self.machine.lost]
+        self.observer.attended(living, len(self.workers))
+        return len(living)
 
     @property
     def _first(self) -> int:
@@ -663,6 +673,8 @@ class Coordinator:
         self._log.info("%s%s", phase, f": {self.machine.error}" if self.machine.error else "")
         if phase is Phase.COLLECTING and self.estate is None:
             self._harvest.source = self.machine.source
+        if phase is Phase.RUNNING:
+            self._attend()
         if phase is Phase.RUNNING and self.machine.unsaved:
             self._note_unsaved()
         if phase in ENDS and self.estate is None:
@@ -781,6 +793,7 @@ class Coordinator:
         text = f"{node_name(node)} is back"
         self._log.info(text)
         self.observer.noted(text)
+        self._attend()
         self._harvest.lost[node] = f"{self._harvest.lost[node]}; it came back"
 
     def _return(self, node: int) -> dict[str, Any]:

@@ -88,7 +88,11 @@ class Compute(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a worker is; loss and accuracy of its newest block, rates since the last report."""
+    """How far a worker is; loss and accuracy of its newest block, rates since the last report.
+
+    Attributes:
+        waited: the share of the time since then that it waited for the exchange, 0 … 1.
+    """
 
     node: int
     step: int
@@ -98,6 +102,7 @@ class Progress:
     accuracy: float
     samples_per_s: float
     bytes_per_s: float
+    waited: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -750,6 +755,7 @@ class Session:
             self._staleness() if fresh else np.nan,
         )
         mark.sent, mark.received = transport.bytes_sent, transport.bytes_received
+        mark.waited += wait_s
         if now - mark.time >= PROGRESS_INTERVAL:
             self._report_progress(step, loss, accuracy, now)
 
@@ -766,9 +772,10 @@ class Session:
                 accuracy,
                 (self.samples - mark.samples) / elapsed,
                 (traffic - mark.traffic) / elapsed,
+                min(mark.waited / elapsed, 1.0),
             )
         )
-        mark.time, mark.samples, mark.traffic = now, self.samples, traffic
+        mark.time, mark.samples, mark.traffic, mark.waited = now, self.samples, traffic, 0.0
 
 
 @dataclass(slots=True)
@@ -778,6 +785,7 @@ class _Mark:
     time: float = 0.0
     samples: int = 0
     traffic: int = 0
+    waited: float = 0.0
     sent: int = 0
     received: int = 0
 

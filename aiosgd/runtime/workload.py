@@ -108,6 +108,22 @@ class Workload:
         words = "too small to be seen among so many workers" if gap is None else f"{gap:.3g}"
         return f"topology {self.job.topology}: spectral gap {words}"
 
+    def banner(self, nodes: Collection[int]) -> str:
+        """Return what is about to be trained, how, on how many nodes, as one line."""
+        job, servers = self.job, sum(node < 0 for node in nodes)
+        codec = job.codec if job.compressor == "none" else f"{job.codec} with {job.compressor}"
+        epochs = -(-self.steps // self.steps_per_epoch)
+        facts = [
+            f"{codec} ({job.mode}, {self.exchange})",
+            f"{job.model} of {self.model.size:,} parameters",
+            f"{job.dataset} of {len(self.data.train_y):,} samples",
+            _counted(len(nodes) - servers, "worker"),
+            *([_counted(servers, "server")] if servers else []),
+            f"{_counted(self.steps, 'step')} in {_counted(epochs, 'epoch')}",
+            f"seed {job.seed}",
+        ]
+        return ", ".join(facts)
+
     def initial(self) -> Vector:
         """Return the weights that every node starts with."""
         return self.model.initial(np.random.default_rng([self.job.seed, 0]))
@@ -185,6 +201,10 @@ def _create(kind: type[Codec], ctx: Context) -> Codec:
         raise CodecError(
             f"codec {kind.__name__} cannot be made on node {ctx.node}: {describe(error)}{hint}"
         ) from error
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def group_size(group: Group) -> int:

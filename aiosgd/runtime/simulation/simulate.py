@@ -159,9 +159,12 @@ def simulate(
     try:
         _write_job(folder, simulation, job_id)
         log.info("simulated on %s", simulation.scenario.network)
+        nodes = (*range(simulation.workers), *server_ids(simulation.servers))
+        observer.noted(f"job {job_id}: {simulation.load.banner(nodes)}")
         if text := simulation.load.mixing:
             log.info(text)
             observer.noted(text)
+        observer.attended(range(simulation.workers), simulation.workers)
         observer.entered(Phase.RUNNING, job_id)
         played = play(simulation, report, begun)
         outcome = _write(played, simulation, folder, job_id, log)
