@@ -40,6 +40,7 @@ from aiosgd.runtime.coordinator import (
 )
 from aiosgd.runtime.harvest import Outcome
 from aiosgd.runtime.job import node_name, server_ids
+from aiosgd.runtime.results import find_run
 from aiosgd.runtime.security import SecurityFiles
 from aiosgd.runtime.simulation.faults import parse_faults, parse_stragglers
 from aiosgd.runtime.simulation.network import NetworkModel
@@ -399,14 +400,13 @@ def _resumed(
         return dict(options), job_file
     if job_file is not None:
         raise ConfigError("--resume and --job both give an earlier run's options; expected one")
-    folder = Path(options.get("output") or JobConfig.output, name)
-    folder = folder if folder.is_dir() else Path(name).resolve()
+    folder = find_run(name, options.get("output") or JobConfig.output)
     if not (folder / "job.toml").is_file():
         raise ConfigError(
             f"--resume {name}: there is no {folder / 'job.toml'}; expected a job id, with --output "
             "if its folder is not in runs, or the run's folder"
         )
-    return {**options, "resume": folder.name}, folder / "job.toml"
+    return {**options, "resume": folder.resolve().name}, folder / "job.toml"
 
 
 def _places(job_file: str | Path, cluster: Cluster) -> dict[int, Address]:

@@ -71,6 +71,10 @@ def _version(value: bool) -> None:
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+OutputFormat = Annotated[
+    Literal["text", "json"],
+    typer.Option("--format", help="json is the same as --json.", show_default=False),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -88,12 +92,22 @@ def _globals(
 
 
 def _reported(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn deliberate errors into one line on stderr and the right exit code; add `--debug`."""
+    """Turn deliberate errors into one line on stderr and the right exit code; add `--debug`.
+
+    A command that has `--json` also takes `--format json`.
+    """
+    own = list(inspect.signature(command, eval_str=True).parameters.values())
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    more: dict[str, tuple[object, Any]] = {"debug": (False, Debug)}
+    if any(parameter.name == "as_json" for parameter in own):
+        more["output_format"] = ("text", OutputFormat)
 
     @functools.wraps(command)
     def wrapped(*, debug: bool, **kwargs: Any) -> None:
         _Debug.on = _Debug.on or debug
         try:
+            if kwargs.pop("output_format", "text") == "json":
+                kwargs["as_json"] = True
             command(**kwargs)
         except AiosgdError as error:
             if _Debug.on:
@@ -104,11 +118,11 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
             print("aiosgd: interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
 
-    own = list(inspect.signature(command, eval_str=True).parameters.values())
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    _set_signature(
-        wrapped, [*own, inspect.Parameter("debug", keyword, default=False, annotation=Debug)]
-    )
+    added = [
+        inspect.Parameter(name, keyword, default=default, annotation=annotation)
+        for name, (default, annotation) in more.items()
+    ]
+    _set_signature(wrapped, [*own, *added])
     return wrapped
 
 
@@ -423,11 +437,12 @@ def _replay(
 ) -> None:
     """Play a recorded run again, in this thread, so that a debugger has the terminal."""
     from aiosgd.aio import default_data_dir
+    from aiosgd.runtime.results import find_run
     from aiosgd.runtime.simulation.replay import replay
 
     if pdb != (node is not None):
         raise ConfigError("--node N and --pdb go together: they debug the codec of node N")
-    outcome = replay(folder, data_dir=data_dir or default_data_dir(), node=node, pdb=pdb)
+    outcome = replay(find_run(folder), data_dir=data_dir or default_data_dir(), node=node, pdb=pdb)
     if as_json:
         print(json.dumps(outcome.summary.to_dict()))
         return
@@ -442,10 +457,11 @@ def _compare(folder: Path, network: str, data_dir: Path | None, as_json: bool) -
     from aiosgd.aio import default_data_dir
     from aiosgd.display import comparison_text
     from aiosgd.runtime.coordinator import code_files
-    from aiosgd.runtime.results import read_job
+    from aiosgd.runtime.results import find_run, read_job
     from aiosgd.runtime.simulation.compare import compare
     from aiosgd.runtime.simulation.networks import load_network
 
+    folder = find_run(folder)
     copies = code_files(read_job(folder))
     sources = {name: folder / "code" / copy for name, copy in copies.items()}
     model = load_network(network)
@@ -888,7 +904,9 @@ def check(
 @app.command()
 @_reported
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders: runs/<job id>.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Folders, or ends of job ids in runs: 68c5.")
+    ],
     *,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A new file; default: report.html.")
@@ -905,8 +923,9 @@ def report(
     overwritten: where there is a report.html, the next is report-2.html.
     """
     from aiosgd.report.publish import publish
+    from aiosgd.runtime.results import find_run
 
-    path = publish(runs, output, form)
+    path = publish([find_run(run) for run in runs], output, form)
     print(f"report in {path}")
     if show:
         import webbrowser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import os
@@ -28,11 +29,16 @@ QUIET = 3.0
 # what a training loop does that needs its codecs
 WAITS, HELD = "waits for the step's result", "waits until it may go on"
 GAP = "  "
+# heads of the columns that say what a job took
+SPENT_HEAD = ("computed", "waited", "sent", "received")
+NUMBERS = {"step", "loss", "samples/s", "nodes", "took", "samples", *SPENT_HEAD}
 
 ClusterPath = Annotated[Path, typer.Argument(help="The cluster's nodes: cluster.toml.")]
 JobId = Annotated[
     str | None,
-    typer.Argument(metavar="JOB", help="A job id; default: the running or the newest job."),
+    typer.Argument(
+        metavar="JOB", help="A job id, or its last letters; default: the running or newest job."
+    ),
 ]
 
 
@@ -181,7 +187,7 @@ def status_lines(
 def _rows(seen: Sequence[Seen]) -> list[list[str]]:
     several = len({one.status.job_id for one in seen if one.status and one.status.job_id}) > 1
     head = ["node", "address", "state", *(["job"] if several else [])]
-    rows = [[*head, "step", "loss", "samples/s", "since"]]
+    rows = [[*head, "step", "loss", "samples/s", "since", *SPENT_HEAD]]
     for one in seen:
         node = one.status
         if node is None:
@@ -216,7 +222,14 @@ def _progress(node: Status) -> list[str]:
         "" if node.loss is None else f"{node.loss:.4f}",
         "" if node.samples_per_s is None else f"{node.samples_per_s:,.0f}",
         _clock(node.began) if node.job_id else "",
+        *_spent_cells(node.spent),
     ]
+
+
+def _spent_cells(spent: Mapping[str, float]) -> list[str]:
+    """Return what a job took: computing, waiting, and bytes both ways; empty where unknown."""
+    shows = {"compute_s": span, "wait_s": span, "bytes_sent": size, "bytes_received": size}
+    return [show(spent[name]) if name in spent else "" for name, show in shows.items()]
 
 
 def _led(seen: Sequence[Seen], job_id: str) -> str:
@@ -240,7 +253,23 @@ def _led(seen: Sequence[Seen], job_id: str) -> str:
 
 
 def _headline(fate: Fate) -> list[str]:
-    return [f"job {_sentence(fate)}"]
+    """Return what became of a job, when it did what, and what it took in all."""
+    return [f"job {_sentence(fate)}", *_timeline(fate)]
+
+
+def _timeline(fate: Fate) -> list[str]:
+    spent, times = fate.spent, []
+    if fate.began is not None:
+        times.append(f"prepared {_clock(fate.began)}")
+    if "train_s" in spent:
+        times.append(f"trained for {span(spent['train_s'])}")
+    if fate.began is not None and fate.took is not None:
+        times.append(f"ended {_clock(fate.began + fate.took)}")
+    if "samples" in spent:
+        times.append(f"{spent['samples']:,.0f} samples")
+    shares = zip(SPENT_HEAD, _spent_cells(spent), strict=True)
+    times += [f"{name} {cell}" for name, cell in shares if cell]
+    return [", ".join(times)] if times else []
 
 
 def _sentence(fate: Fate) -> str:
@@ -257,7 +286,7 @@ def _ending(state: str, reason: str) -> str:
 
 
 def _ended_rows(seen: Sequence[Seen], fate: Fate) -> list[list[str]]:
-    rows = [["node", "address", "state", "began", "took", "reason"]]
+    rows = [["node", "address", "state", "began", "took", *SPENT_HEAD, "reason"]]
     for one in seen:
         entry = one.entry(fate.job_id)
         if entry is None:
@@ -270,7 +299,8 @@ def _ended_rows(seen: Sequence[Seen], fate: Fate) -> list[list[str]]:
 def _fate_cells(entry: Entry) -> list[str]:
     ended, began = entry.ended, entry.began
     took = span(ended - began) if ended is not None and began is not None else ""
-    return [entry.state, _clock(began), took, "" if entry.state == "done" else entry.reason]
+    reason = "" if entry.state == "done" else entry.reason
+    return [entry.state, _clock(began), took, *_spent_cells(entry.spent), reason]
 
 
 def _silent(seen: Sequence[Seen]) -> list[str]:
@@ -311,20 +341,26 @@ def history_lines(fates: Sequence[Fate]) -> list[str]:
     """Return a table of jobs, newest first."""
     if not fates:
         return ["no job yet"]
-    rows = [["job", "state", "nodes", "began", "took", "reason"]]
+    rows = [["job", "state", "nodes", "began", "took", *SPENT_HEAD, "reason"]]
     for fate in fates:
         took = "" if fate.took is None else span(fate.took)
         count = str(len(fate.nodes))
-        rows.append([fate.job_id, fate.state, count, _clock(fate.began), took, fate.reason])
+        spent = _spent_cells(fate.spent)
+        rows.append([fate.job_id, fate.state, count, _clock(fate.began), took, *spent, fate.reason])
     return _table(rows)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines, their columns as wide as they must be; numbers stand to the right."""
+    """Return rows as lines, their columns as wide as they must be; numbers stand to the right.
+
+    A column that no row has anything in is left out.
+    """
     count = max(map(len, rows))
-    whole = [[*row, *[""] * (count - len(row))] for row in rows]
-    widths = [max(len(row[i]) for row in whole) for i in range(count)]
-    right = [row in ("step", "loss", "samples/s", "nodes", "took") for row in whole[0]]
+    padded = [[*row, *[""] * (count - len(row))] for row in rows]
+    used = [any(row[i] for row in padded[1:]) for i in range(count)]
+    whole = [list(itertools.compress(row, used)) for row in padded]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    right = [name in NUMBERS for name in whole[0]]
     return [
         GAP.join(
             cell.rjust(width) if is_right else cell.ljust(width)

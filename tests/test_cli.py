@@ -215,6 +215,14 @@ def test_plugins_lists_what_is_installed(aiosgd):
     assert {line.split()[0] for line in out.splitlines()[1:]} == {"model"}
 
 
+def test_format_json_is_the_same_as_json(aiosgd):
+    assert aiosgd("plugins", "codec", "--format", "json") == aiosgd("plugins", "codec", "--json")
+    assert aiosgd("plugins", "codec", "--format", "text") == aiosgd("plugins", "codec")
+    code, _, err = aiosgd("plugins", "codec", "--format", "yaml")
+    assert code == 2
+    assert "'yaml' is not one of 'text', 'json'" in err
+
+
 def test_plugins_as_json(aiosgd):
     rows = json.loads(aiosgd("plugins", "--json")[1])
     assert {"kind", "name", "distribution", "version", "target"} == rows[0].keys()

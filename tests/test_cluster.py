@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from aiosgd import aio
 from aiosgd.errors import ClusterError, ConfigError, JobFailedError
-from aiosgd.runtime import results
+from aiosgd.runtime import harvest, results
 from aiosgd.runtime.config import Address, Cluster, to_dict
 from aiosgd.runtime.job import Phase
 
@@ -70,7 +70,7 @@ class Raises(Codec):
 """
 
 
-class Watch:
+class Watch(aio.Silent):
     """An observer whose news can be awaited."""
 
     def __init__(self):
@@ -84,15 +84,6 @@ class Watch:
 
     def progressed(self, progress):
         self.moving.set()
-
-    def evaluated(self, evaluation):
-        pass
-
-    def printed(self, node, text):
-        pass
-
-    def noted(self, text):
-        pass
 
 
 def job(cluster, tmp_path, **options):
@@ -385,6 +376,46 @@ def test_a_busy_node_says_with_what_and_goes_on(cluster, tmp_path):
     disturbed = asyncio.run(asyncio.wait_for(two_jobs(), 60))
     alone = job(cluster, tmp_path, workers=2, epochs=100)
     assert np.array_equal(vector(disturbed), vector(alone))
+
+
+def test_where_a_codec_failed_on_a_node_is_shown_with_debug(
+    cluster, command, tmp_path, write_cluster
+):
+    write(tmp_path / "raises.py", RAISES)
+    words = ("submit", write_cluster(cluster), "--codec", "raises.py:Raises", "--workers", 2)
+    done = command(*words, "--debug")
+    assert done.code == 1
+    *shown, line = done.err.splitlines()
+    assert line.startswith("aiosgd: job ")
+    start = next(i for i, text in enumerate(shown) if text.startswith("traceback of worker "))
+    assert any("raises.py" in text and ", line " in text for text in shown[start:])
+    assert "traceback of worker" not in command(*words).err
+
+
+@pytest.mark.parametrize(
+    ("log", "text"),
+    [
+        (b"", ""),
+        (b"2026-01-01 10:00:00,123 ERROR no number\n", ""),
+        (
+            (
+                b"2026-01-01 10:00:00,123 INFO started\n"
+                b"2026-01-01 10:00:00,124 ERROR Traceback (most recent call last):\n"
+                b"  File x.py\nValueError: \x1b[31mred\n\n"
+                b"2026-01-01 10:00:00,125 ERROR left\n"
+            ),
+            "  File x.py\nValueError: \ufffd[31mred",
+        ),
+        (
+            b"2026-01-01 10:00:00,124 ERROR Traceback (most recent call last):\n"
+            + b"  line\n" * 100
+            + b"KeyError",
+            "  line\n" * (harvest.TRACEBACK_LINES - 1) + "KeyError",
+        ),
+    ],
+)
+def test_the_traceback_of_a_log(log, text):
+    assert harvest.traceback_in(log) == text
 
 
 def test_a_codec_that_raises_is_named_with_its_place(cluster, command, tmp_path, write_cluster):

@@ -80,16 +80,20 @@ def test_progress_is_a_line_of_the_whole_job_now_and_then(plain, clock):
     for _ in range(5):
         plain.progressed(progress())
     assert lines(plain) == [
-        "epoch 1, step 5/1320: loss 1.5000, accuracy 0.2500, 12,346 samples/s, 2.0 MB/s, "
-        "2 of 2 workers"
+        (
+            "epoch 1, step 5/1320: loss 1.5000, accuracy 0.2500, 12,346 samples/s, 2.0 MB/s, "
+            "2 of 2 workers"
+        )
     ]
     clock.now += LINE_INTERVAL
     plain.evaluated(Evaluation(0, 2, 30, 0.5, 0.75))
     plain.evaluated(Evaluation(1, 2, 30, 0.5, 0.25))
     plain.progressed(progress(1, step=4, loss=0.5))
     assert lines(plain)[1:] == [
-        "epoch 1, step 4/1320: loss 1.0000, accuracy 0.2500, test accuracy 0.5000, "
-        "24,691 samples/s, 4.0 MB/s, 2 of 2 workers"
+        (
+            "epoch 1, step 4/1320: loss 1.0000, accuracy 0.2500, test accuracy 0.5000, "
+            "24,691 samples/s, 4.0 MB/s, 2 of 2 workers"
+        )
     ]
 
 
@@ -270,8 +274,15 @@ def test_sizes_as_people_read_them(count, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (119.4, "119 s"), (150, "2 min")]
-    + [(7170, "2 h 0 min"), (12_000, "3 h 20 min")],
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (119.4, "119 s"),
+        (150, "2 min"),
+        (7170, "2 h 0 min"),
+        (12000, "3 h 20 min"),
+    ],
 )
 def test_spans_as_people_say_them(seconds, text):
     assert span(seconds) == text

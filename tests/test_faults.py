@@ -323,14 +323,9 @@ def test_a_partition_that_heals_within_five_seconds_changes_no_bit(
     undisturbed = until_done(cluster_of(nodes[:2]), tmp_path, **options)
     moving = threading.Event()
 
-    class Watch:
+    class Watch(aio.Silent):
         def progressed(self, progress):
             moving.set()
-
-        def entered(self, *_):
-            pass
-
-        evaluated = printed = noted = entered
 
     def disturb():
         moving.wait(20)

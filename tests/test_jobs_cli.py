@@ -265,7 +265,16 @@ def test_jobs_are_remembered_newest_first(command, file, tmp_path):
     rows = re.findall(rf"^({JOB_ID}) +done +2  ", shown, re.MULTILINE)
     assert rows[:2] == [second, first]
     older = command("status", file, first)
-    assert re.search(r"worker 1 +\S+ +done +\d\d:\d\d:\d\d +\d\.\d s\n", older.out)
+    took = r"\d\d:\d\d:\d\d( +\d\.\d s){3}( +[\d.]+ kB){2}"
+    assert re.search(rf"worker 1 +\S+ +done +{took}\n", older.out)
+    assert re.search(
+        r"^prepared .*, trained for .* 640 samples, computed ", older.out, re.MULTILINE
+    )
+    short = command("status", file, first[-4:])
+    assert (short.code, short.out) == (0, older.out)
+    unclear = command("status", file, first[:8])
+    assert (unclear.code, unclear.out) == (2, "")
+    assert re.match(rf"aiosgd: '{first[:8]}' may be any of .*{second}", unclear.err)
     assert f"aiosgd fetch {file} {first} collects what it left" in older.out
     assert command("fetch", file, "--output", "newest").code == 0
     assert [path.name for path in (tmp_path / "newest").iterdir()] == [second]

@@ -3,7 +3,7 @@
     job.toml, codec_0.py, …           what was run; the code that came with it
     node.log, lead.log                the node's log; lead.log of one that led the job
     train.csv, eval.csv, sketches.npy, record.npz, model.safetensors    what training left
-    checkpoints/                      one file per step that may be resumed from
+    checkpoints/                      a folder per step that may be resumed from
     end.json                          what became of the job; the last file that is written
 
 A folder without end.json is that of a job under way, or its node was killed: "lost".
@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ RUNNING = "running"
 LOST = "lost"
 STATES = ("done", "failed", "cancelled")
 
+SPENT = ("samples", "train_s", "compute_s", "wait_s", "bytes_sent", "bytes_received")
+"""What adds up over a job's nodes, but for the times."""
+
 # jobs of a node's history at most, newest first: an answer's metadata has a limit
 HISTORY = 100
 # characters of a reason in the history; the copy itself has all of them
@@ -62,6 +66,7 @@ class Entry:
         state: `running`, `done`, `failed`, `cancelled`, or `lost`: the node ended without a word.
         reason: why it ended so.
         began, ended: in seconds since 1970 by the node's clock; None: not yet, or unknown.
+        spent: what the job took there, those of SPENT that are known.
     """
 
     job_id: str
@@ -70,6 +75,7 @@ class Entry:
     reason: str = ""
     began: float | None = None
     ended: float | None = None
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def folder_of(run_dir: Path, job_id: str, node: int) -> Path:
@@ -157,7 +163,15 @@ def _ended(job_id: str, node: int, end: Mapping[str, Any]) -> Entry:
         reason=end["reason"],
         began=end["began"],
         ended=end["ended"],
+        spent=spent_of(end.get("figures")),
     )
+
+
+def spent_of(figures: object) -> dict[str, float]:
+    """Return those of SPENT that a node's figures have."""
+    table = figures if isinstance(figures, Mapping) else {}
+    known = {name: table.get(name) for name in SPENT}
+    return {n: v for n, v in known.items() if isinstance(v, int | float) and 0 <= v < math.inf}
 
 
 def _time_of(path: Path) -> float | None:

@@ -367,7 +367,6 @@ class Coordinator:
         self._harvest = Harvest(self.folder, self.load, self.nodes, self._log)
         try:
             self._write_job()
-            self.observer.noted(f"job {self.job_id}: {self.load.banner(self.nodes)}")
             if text := self.load.mixing:
                 self._log.info(text)
                 self.observer.noted(text)
@@ -435,6 +434,8 @@ class Coordinator:
             raise JobFailedError(f"job {self.job_id} was {self.machine.error}; {where}")
         if error := self._harvest.error(self.machine.error):
             failed = JobFailedError(f"job {self.job_id} failed: {error}; {where}")
+            for text in self._harvest.tracebacks():
+                failed.add_note(text)
             if self.machine.lost or self.machine.missing or " lost: " in error:
                 failed.last_checkpoint = self._last_checkpoint()
             raise failed from self._cause
@@ -673,6 +674,8 @@ class Coordinator:
         self._log.info("%s%s", phase, f": {self.machine.error}" if self.machine.error else "")
         if phase is Phase.COLLECTING and self.estate is None:
             self._harvest.source = self.machine.source
+        if phase is Phase.PREPARING:  # all nodes agree
+            self.observer.noted(f"job {self.job_id}: {self.load.banner(self.nodes)}")
         if phase is Phase.RUNNING:
             self._attend()
         if phase is Phase.RUNNING and self.machine.unsaved:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +26,19 @@ from aiosgd.runtime.learner import SKETCH, Sketch
 from aiosgd.runtime.results import CONSENSUS, EVAL, RECORD, TRAIN, Rows, Summary
 from aiosgd.runtime.workload import Workload
 
+TRACEBACK_LINES = 40
+"""Of a traceback that came from a node, its last lines: those say what went wrong."""
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", re.ASCII)
+"""How a line of a node's log begins, unless it goes on with the one before."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """One node's figures of a job.
 
     Attributes:
-        train_s: seconds.
+        train_s: seconds from the first step to the end of the last.
+        compute_s, wait_s: seconds of these that a worker computed, and waited for the exchange.
         late: messages that came too late for their step.
         bytes_sent, bytes_received: on the wire.
         skipped: blocks and results that were not finite and were left out.
@@ -42,6 +50,8 @@ class Figures:
     bytes_sent: int
     bytes_received: int
     skipped: int = 0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -147,6 +157,11 @@ class Harvest:
         """Return why the job did not end well, with what could not be written; empty if it did."""
         return "; ".join(text for text in (reason, *self.unwritten) if text)
 
+    def tracebacks(self) -> list[str]:
+        """Return where code failed on nodes, as their logs have it; the last lines of each."""
+        found = ((node, traceback_in(part.log)) for node, part in sorted(self.collected.items()))
+        return [f"traceback of {node_name(node)}:\n{text}" for node, text in found if text]
+
     def write(self, job_id: str, end: End) -> Outcome:
         """Write everything that came back, the summary last; it is always written.
 
@@ -251,6 +266,19 @@ class Harvest:
             lost=dict(sorted(self.lost.items())),
             simulated=end.simulated,
         )
+
+
+def traceback_in(log: bytes) -> str:
+    """Return the first traceback of a node's log, from its last lines; empty if there is none.
+
+    What a terminal would take for a command is replaced, for the log comes from another machine.
+    """
+    _, mark, rest = log.decode(errors="replace").partition(" ERROR Traceback ")
+    if not mark:
+        return ""
+    lines = itertools.takewhile(lambda line: not LINE.match(line), rest.splitlines()[1:])
+    plain = ["".join(c if c.isprintable() else "�" for c in line) for line in lines]
+    return "\n".join(plain[-TRACEBACK_LINES:]).rstrip()
 
 
 # What nodes send, checked -----------------------------------------------------------------------

@@ -394,7 +394,7 @@ class Part:
 
     def _note_end(self, state: str, reason: str) -> None:
         """Write what became of the job, for who asks later."""
-        facts = self.session.facts(weights=False)["figures"] if self.session else None
+        facts = self.session.figures() if self.session else None
         end = {"job_id": self.job_id, "node": self.node, "state": state, "reason": reason}
         end["shapes"] = list(self.session.shapes.items()) if self.session else None
         end |= {"began": self.began, "ended": time.time(), "figures": facts}

@@ -80,6 +80,45 @@ def check_job_id(text: str) -> str:
     return text
 
 
+def meant(text: str, job_ids: Iterable[str], place: object) -> str | None:
+    """Return the one job that a text names: its id, how that begins, or how it ends.
+
+    Args:
+        text: what somebody typed: `20261123-182405-plain-68c5`, `68c5`, `plain-68c5`, `20261123-18`.
+        job_ids: to choose from.
+        place: where they are, for the message.
+
+    Returns:
+        The job's id; None if there is none like it.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    known = set(job_ids)
+    if text in known:
+        return text
+    like = sorted(
+        one for one in known if one.endswith(f"-{text}") or (text and one.startswith(text))
+    )
+    if len(like) > 1:
+        names = ", ".join(like[-3:]) + (f" and {len(like) - 3} more" if len(like) > 3 else "")
+        raise ConfigError(f"{text!r} may be any of {names} in {place}; expected more letters of it")
+    return like[0] if like else None
+
+
+def find_run(name: str | Path, output: str | Path = "runs") -> Path:
+    """Return a run's folder, given its path or what `meant` takes for a run in `output`.
+
+    Raises:
+        ConfigError: several runs are meant.
+    """
+    folder, known = Path(name), Path(output)
+    if folder.is_dir() or folder.name != str(name) or not known.is_dir():
+        return folder
+    found = meant(str(name), filter(is_job_id, (path.name for path in known.iterdir())), known)
+    return known / found if found else folder
+
+
 def create_folder(output: Path, job_id: str) -> Path:
     """Make the folder `<output>/<job id>` and return it.
 

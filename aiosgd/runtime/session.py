@@ -178,6 +178,7 @@ class Session:
         samples: how many samples this node computed.
         paused_after: the step after which this worker waits for a checkpoint; -1 while it does not.
         train_s: how long training took.
+        compute_s, wait_s: how long this worker computed, and waited for the exchange.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class Session:
         self.evaluations = Rows(EVAL)
         self.sketches: list[Sketch] = []
         self.samples = 0
-        self.train_s = 0.0
+        self.train_s = self.compute_s = self.wait_s = 0.0
         self._load = workload
         learns = place.node >= 0
         self._learner = Learner(workload, weights, place.memory, sampler) if learns else None
@@ -685,20 +686,26 @@ class Session:
         Args:
             weights: whether to add the weights; a server has none before the start.
         """
-        transport = self.place.transport
         return {
             "train": self.train.columns(),
             "evaluations": self.evaluations.columns(),
             "sketches": np.array(self.sketches).reshape(-1, SKETCH),
             "weights": self.weights if weights else None,
-            "figures": {
-                "samples": self.samples,
-                "train_s": self.train_s,
-                "late": self.late,
-                "skipped": self.skipped,
-                "bytes_sent": transport.bytes_sent,
-                "bytes_received": transport.bytes_received,
-            },
+            "figures": self.figures(),
+        }
+
+    def figures(self) -> dict[str, float]:
+        """Return what this node did so far, as numbers."""
+        transport = self.place.transport
+        return {
+            "samples": self.samples,
+            "train_s": self.train_s,
+            "compute_s": self.compute_s,
+            "wait_s": self.wait_s,
+            "late": self.late,
+            "skipped": self.skipped,
+            "bytes_sent": transport.bytes_sent,
+            "bytes_received": transport.bytes_received,
         }
 
     def _now(self) -> float:
@@ -737,8 +744,10 @@ class Session:
         samples = sum(one.samples for one in computed)
         loss = sum(one.loss for one in computed) / count if computed else np.nan
         accuracy = sum(one.accuracy for one in computed) / count if computed else np.nan
-        mark = self._mark
+        mark, compute_s = self._mark, sum(one.seconds for one in computed)
         self.samples += samples
+        self.compute_s += compute_s
+        self.wait_s += wait_s
         self.train_s = now - self._started_at
         self.train.append(
             self.place.node,
@@ -748,7 +757,7 @@ class Session:
             loss,
             accuracy,
             samples,
-            sum(one.seconds for one in computed),
+            compute_s,
             wait_s,
             transport.bytes_sent - mark.sent,
             transport.bytes_received - mark.received,

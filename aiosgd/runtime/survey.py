@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +18,10 @@ import numpy as np
 from aiosgd.errors import AiosgdError, ClusterError, ConfigError, RemoteProtocolError
 from aiosgd.plugins.registry import check_value
 from aiosgd.runtime import archive, results
-from aiosgd.runtime.archive import LOST, RUNNING, Entry
+from aiosgd.runtime.archive import LOST, RUNNING, SPENT, Entry
 from aiosgd.runtime.config import Address, Cluster, JobConfig, from_dict
 from aiosgd.runtime.coordinator import write_code
-from aiosgd.runtime.harvest import End, Harvest, Outcome
+from aiosgd.runtime.harvest import LINE, End, Harvest, Outcome
 from aiosgd.runtime.job import node_name
 from aiosgd.runtime.security import Security
 from aiosgd.runtime.visit import NOBODY, Status, Visitor, visiting
@@ -70,6 +69,8 @@ class Fate:
         state: `running`, `done`, `failed`, `cancelled` or `lost`.
         reason: why it ended so.
         took: seconds that it ran on the node where it ran longest.
+        spent: what it took: sums over its nodes of those of `archive.SPENT`, but for `train_s`,
+            which is the longest.
     """
 
     job_id: str
@@ -78,6 +79,7 @@ class Fate:
     began: float | None = None
     took: float | None = None
     nodes: tuple[int, ...] = ()
+    spent: dict[str, float] = field(default_factory=dict)
 
 
 class Asking:
@@ -158,16 +160,26 @@ def fates(seen: Sequence[Seen]) -> list[Fate]:
     known: dict[str, list[Entry]] = {}
     for entry in (entry for one in seen for entry in one.history):
         known.setdefault(entry.job_id, []).append(entry)
+    live: dict[str, list[dict[str, float]]] = {}
     for one in seen:
         if one.status is not None and one.status.job_id:
             known.setdefault(one.status.job_id, [])
-    running = {one.status.job_id for one in seen if one.status is not None}
-    found = [_fate(job_id, entries, job_id in running) for job_id, entries in known.items()]
+            live.setdefault(one.status.job_id, []).append(one.status.spent)
+    found = [_fate(job_id, entries, live.get(job_id)) for job_id, entries in known.items()]
     return sorted(found, key=lambda fate: (fate.state == RUNNING, fate.job_id), reverse=True)
 
 
-def _fate(job_id: str, entries: Sequence[Entry], running: bool) -> Fate:
-    """Return what became of a job: once it is done or cancelled, no node can make it undone."""
+def _fate(
+    job_id: str, entries: Sequence[Entry], live: Sequence[Mapping[str, float]] | None
+) -> Fate:
+    """Return what became of a job: once it is done or cancelled, no node can make it undone.
+
+    Args:
+        job_id: the job.
+        entries: what its nodes know.
+        live: of one that runs, what it took so far on each node.
+    """
+    running = live is not None
     states = [entry.state for entry in entries]
     ranks = ("done", "cancelled", "failed", LOST)
     state = RUNNING if running else next((s for s in ranks if s in states), LOST)
@@ -180,20 +192,37 @@ def _fate(job_id: str, entries: Sequence[Entry], running: bool) -> Fate:
         began=min((e.began for e in entries if e.began is not None), default=None),
         took=max(spans, default=None),
         nodes=tuple(sorted({entry.node for entry in entries})),
+        spent=_total([entry.spent for entry in entries] if live is None else live),
     )
+
+
+def _total(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return what a job took on all its nodes together; nothing unless each node knows."""
+    names = [name for name in SPENT if parts and all(name in part for part in parts)]
+    return {
+        name: (max if name == "train_s" else sum)(part[name] for part in parts) for name in names
+    }
 
 
 def fate_of(seen: Sequence[Seen], job_id: str | None, cluster: object) -> Fate:
     """Return what became of a job; without an id, of the one that runs or else the newest.
 
+    Args:
+        seen: the nodes.
+        job_id: the job; its first or last letters do, where no other job has them.
+        cluster: names the nodes in messages.
+
     Raises:
         ConfigError: no node knows it.
     """
     known = fates(seen)
+    wanted = None
     if job_id is not None:
-        results.check_job_id(job_id)
+        ids = [fate.job_id for fate in known]
+        wanted = results.meant(job_id, ids, f"the history of {cluster}")
+        wanted = wanted or results.check_job_id(job_id)
     for fate in known:
-        if job_id in (None, fate.job_id):
+        if wanted in (None, fate.job_id):
             return fate
     if job_id is None:
         raise ConfigError(f"the nodes of {cluster} have had no job yet{_silent(seen)}")
@@ -208,8 +237,6 @@ def _silent(seen: Sequence[Seen]) -> str:
 
 
 # Logs --------------------------------------------------------------------------------------------
-
-_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", re.ASCII)
 
 
 @dataclass
@@ -239,7 +266,7 @@ class Tail:
 
     def _line(self, raw: bytes) -> tuple[str, int, str]:
         text = raw.decode(errors="replace")
-        match = _LINE.match(text)
+        match = LINE.match(text)
         self._stamp = match[0] if match else self._stamp
         return self._stamp, self.node, text
 

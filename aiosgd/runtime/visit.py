@@ -101,6 +101,7 @@ class Status:
         step, steps: how many steps it has taken, and takes at most; of a server, the newest step.
         loss, accuracy, samples_per_s, bytes_per_s: from the newest progress of a worker.
         quiet_s: seconds since then, while it trains.
+        spent: what the job took so far: those of `archive.SPENT`.
         checkpoint: the step of its newest checkpoint.
         failure: why it cannot go on.
         training: what the training loop does.
@@ -121,6 +122,7 @@ class Status:
     samples_per_s: float | None = None
     bytes_per_s: float | None = None
     quiet_s: float | None = None
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)
     checkpoint: int | None = None
     failure: str = ""
     training: str = ""
@@ -160,7 +162,8 @@ def _progress(part: Part) -> dict[str, Any]:
     if part.session is None:
         return {}
     step = min(actor.ctx.step for actor in part.session.actors)
-    facts = {"step": step, "steps": part.session.steps}
+    spent = archive.spent_of(part.session.figures())
+    facts = {"step": step, "steps": part.session.steps, "spent": spent}
     newest = part.progress
     if newest is None:
         return facts

@@ -17,7 +17,7 @@ import aiosgd
 from aiosgd.errors import ConfigError, RemoteProtocolError
 from aiosgd.runtime import results
 from aiosgd.runtime.config import Address, JobConfig, make_job
-from aiosgd.runtime.results import EVAL, TRAIN, Rows, Summary
+from aiosgd.runtime.results import EVAL, TRAIN, Rows, Summary, find_run, meant
 
 NOON = datetime(2031, 2, 3, 12, 0, 5)
 JOB_ID = "20310203-120005-plain-00af"
@@ -503,3 +503,42 @@ def test_missing_folder_is_refused(tmp_path):
 def test_missing_file_is_refused(tmp_path, name):
     message = refusal(READERS[name], tmp_path)
     assert message == f"{tmp_path / name} cannot be read: No such file or directory"
+
+
+# Short names of runs ----------------------------------------------------------------------------
+
+IDS = ("20260101-120000-plain-68c5", "20260101-120001-fedavg-68d5", "20260202-120000-plain-0000")
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [(IDS[0], 0), ("68c5", 0), ("fedavg-68d5", 1), ("20260202", 2), ("20260101-120001", 1)],
+)
+def test_a_run_is_named_by_its_first_or_last_letters(text, index):
+    assert meant(text, IDS, "runs") == IDS[index]
+
+
+@pytest.mark.parametrize("text", ["", "5", "c5", "plain", "20270101", "68c5-", "../x"])
+def test_what_is_like_no_run_names_none(text):
+    assert meant(text, IDS, "runs") is None
+
+
+def test_what_is_like_several_runs_is_refused():
+    with pytest.raises(ConfigError, match=f"'20260101' may be any of {IDS[0]}, {IDS[1]} in runs"):
+        meant("20260101", IDS, "runs")
+    with pytest.raises(ConfigError, match=f"{IDS[2]} and 4 more in runs"):
+        meant("2026", [*IDS, *(one.replace("12", "11") for one in IDS), "20260101-0"], "runs")
+
+
+def test_an_id_that_another_one_begins_with_is_itself():
+    assert meant("a-1", ["a-1", "a-1-b-a-1"], "runs") == "a-1"
+
+
+def test_a_run_is_found_in_its_output(tmp_path):
+    for name in (*IDS, "other"):
+        (tmp_path / name).mkdir()
+    assert find_run("68c5", tmp_path) == tmp_path / IDS[0]
+    assert find_run(tmp_path / IDS[1], tmp_path) == tmp_path / IDS[1]
+    assert find_run("nothing", tmp_path) == Path("nothing")
+    assert find_run("68c5", tmp_path / "nowhere") == Path("68c5")
+    assert find_run("x/68c5", tmp_path) == Path("x/68c5")
