@@ -313,7 +313,11 @@ async def simulate(
         stragglers: which workers are slow: `10%:5` for a tenth of them, five times; `3:2`.
         faults: what goes wrong: `crash:2@3.5; cut:0,1|2,3@1-4`.
         keep_trace: whether the outcome has every event.
-        sets, data_dir, observer, job_file, options: as `submit`.
+        sets: as `submit`.
+        data_dir: as `submit`.
+        observer: as `submit`.
+        job_file: as `submit`.
+        options: as `submit`.
 
     Raises:
         ConfigError, PluginError: the job is wrong.

@@ -68,7 +68,9 @@ def simulated(
     """Simulate a small job of a codec: least squares, in virtual time, on a simulated network.
 
     Args:
-        codec, params, server_codec: as `assert_codec` takes them.
+        codec: as `assert_codec` takes it.
+        params: as `assert_codec` takes them.
+        server_codec: as `assert_codec` takes it.
         noise: of the targets; without it, each block alone has the optimum of all.
         numbers: `workers` (2), `servers` (1 if the codec has a server half), `redundancy`,
             `steps` (4), `size`, `mode`, `exchange`, `seed`, `schedule`, `jitter` in seconds,
