@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "docs" / "studies"
-PAGES = sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md"]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 
 
 def _load(name):
@@ -55,12 +55,15 @@ PLAIN = [page for page in PAGES if any("extra" not in block.marks for block in r
 WITH_EXTRAS = [page for page in PAGES if any("extra" in block.marks for block in runnable(page))]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("page", PLAIN, ids=lambda page: page.stem)
 def test_every_block_that_can_run_does(page, tmp_path):
     run(page, tmp_path, extras=False)
 
 
 @pytest.mark.extra
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("page", WITH_EXTRAS, ids=lambda page: page.stem)
 def test_every_block_that_needs_an_extra_runs_too(page, tmp_path):
     extras = {block.marks["extra"] for block in runnable(page) if "extra" in block.marks}

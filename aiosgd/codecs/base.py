@@ -396,7 +396,7 @@ class Codec:
     The three hooks may be `async def` that return None, one Envelope or an iterable of them, or
     async generators that yield envelopes; each is sent at once.
 
-    Class attributes:
+    Attributes:
         exchange: what the blocks and results are, unless the job says otherwise.
         exchanges: what they may be instead; a job that asks for something else is refused.
         modes: the modes that the codec is made for.

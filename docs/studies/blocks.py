@@ -37,6 +37,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 RUNNABLE = ("console", "sh", "python", "toml")
 SHOWN = ("text", "json", "csv")
@@ -112,7 +113,7 @@ def _until(opening: re.Match[str], lines: Iterator[tuple[int, str]], place: str)
 
 
 def _block(page: str, line: int, info: str, text: str, marks: dict[str, str]) -> Block:
-    language = info.split(" ")[0]
+    language = info.split(" ", maxsplit=1)[0]
     title = _TITLE.search(info)
     first = _FIRST_LINE_TITLE.match(text.partition("\n")[0])
     name = title[1] if title else first[1] if first and language in ("python", "toml") else ""
@@ -219,7 +220,7 @@ class Workspace:
             "NO_COLOR": "1",
         }
 
-    def __enter__(self) -> Workspace:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -308,7 +309,9 @@ def _check(block: Block, command: Command, code: int, printed: str) -> None:
         raise BlockError(f"{block.place}: {what}:\n{printed}")
     if command.shown and not agrees(command.shown, printed):
         what = f"`{command.words}` prints something else than the page shows"
-        raise BlockError(f"{block.place}: {what}:\n--- shown\n{command.shown}--- printed\n{printed}")
+        raise BlockError(
+            f"{block.place}: {what}:\n--- shown\n{command.shown}--- printed\n{printed}"
+        )
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Draw docs/actor.svg: one step of the codec in docs/actor.md that has two halves, as it happens.
 
-    python docs/studies/sequence.py
+python docs/studies/sequence.py
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ async def story() -> list[Moment]:
     clock, moments = count(1), []
 
     def witness(happening: Happening) -> None:
-        kind, node, peer, step, _, number = happening
-        label = "block" if kind == "update" else "result" if kind == "result" else ""
+        kind, node, peer, step, what, number = happening
+        sender = peer if kind == "deliver" else node
+        label = f"block {what.id}" if kind == "update" else "the mean"
+        if kind in ("send", "deliver") and sender is not None and sender >= 0:
+            label = "its block"
         moments.append(Moment(float(next(clock)), kind, node, peer, step, label, number))
 
     cluster = LocalCluster(codec(), workers=2, seed=SEED, witness=witness)
