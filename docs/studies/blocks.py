@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Self
 
 RUNNABLE = ("console", "sh", "python", "toml")
-SHOWN = ("text", "json", "csv")
+SHOWN = ("", "text", "json", "csv")
 """Languages of fences that show something and cannot run."""
 TIMEOUT = 90.0
 """Seconds for one command; those of the pages take a few."""

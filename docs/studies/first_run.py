@@ -1,6 +1,7 @@
-"""Walk through docs/first-run.md as a new user does, and write into the page how long it takes.
+"""Walk through docs/first-run.md as a new user does, and say how long it takes.
 
-    python docs/studies/first_run.py
+    python docs/studies/first_run.py            # prints a table
+    python docs/studies/first_run.py --write    # writes it into the page
 
 Everything from a fresh clone on: a virtual environment, the installation by pip as it is set up on
 this machine, and each block of the page. Nothing of an earlier run is used but pip's own cache.
@@ -64,17 +65,25 @@ def walk(folder: Path) -> Iterator[tuple[str, float]]:
             yield title, time.monotonic() - began
 
 
-def main() -> None:
-    """Measure, and write the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows = list(walk(Path(folder)))
+def table(rows: list[tuple[str, float]]) -> str:
+    """Return the text that the page has of it."""
+    where = f"On a machine with {os.cpu_count()} cores, with pip's packages from a mirror near by:"
+    lines = "".join(f"| {title} | {seconds:.1f} |\n" for title, seconds in rows)
     total = sum(seconds for _, seconds in rows)
-    table = "".join(f"| {title} | {seconds:.1f} |\n" for title, seconds in rows)
-    where = f"On a machine with {os.cpu_count()} cores, with pip's packages from a mirror near by:\n\n"
-    text = f"{where}| | seconds |\n|---|---:|\n{table}| all commands | {total:.0f} |\n"
+    head = "| | seconds |\n|---|---:|\n"
+    return f"{where}\n\n{head}{lines}| all commands | {total:.0f} |\n"
+
+
+def main() -> None:
+    """Measure, and print or write the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = table(list(walk(Path(folder))))
+    if sys.argv[1:] != ["--write"]:
+        print(text, end="")  # noqa: T201
+        return
     before, mark, after = PAGE.read_text(encoding="utf-8").partition(_MARK)
-    following = after.partition("\n## ")
-    PAGE.write_text(f"{before}{mark}\n{text}{''.join(following[1:])}", encoding="utf-8")
+    heading = after.index("\n## ")
+    PAGE.write_text(f"{before}{mark}\n{text}{after[heading:]}", encoding="utf-8")
 
 
 if __name__ == "__main__":
