@@ -182,3 +182,19 @@ def test_ports_are_free_ones_and_what_is_started_beside_is_stopped(tmp_path):
         (process,) = workspace._background
     assert len({"9001", "9002", first, second}) == 4
     assert process.returncode == -15
+
+
+def test_what_is_shown_can_be_mended(tmp_path):
+    page = page_of(tmp_path, "```console\n$ echo one; echo 'epoch 3, step 1/2: x'\ntwo\n```\n")
+    (tmp_path / "space").mkdir()
+    with blocks.Workspace(tmp_path / "space", differs=lambda *told: found.append(told)) as space:
+        found = []
+        space.run(blocks.blocks_of(page)[0])
+    ((_, command, printed),) = found
+    blocks.mend(page, command, printed)
+    assert page.read_text() == "```console\n$ echo one; echo 'epoch 3, step 1/2: x'\none\n```\n"
+
+
+def test_progress_is_left_out_of_what_is_shown():
+    printed = "job a: running\nworker 0: epoch 1, x\nepoch 2, step 3/4: x\njob a: done\n"
+    assert blocks.abridged(printed) == "job a: running\n…\njob a: done\n"

@@ -77,5 +77,7 @@ def test_what_a_page_loads_is_seen(pages, tmp_path, name, text, found):
 
 
 def test_links_to_the_code_become_text_but_not_in_code(pages):
-    text = "[a](../x.py) [b](studies/b.py) [c](c.md)\n```text\n[a](../x.py)\n```\n[d](../README.md#e)"
+    text = (
+        "[a](../x.py) [b](studies/b.py) [c](c.md)\n```text\n[a](../x.py)\n```\n[d](../README.md#e)"
+    )
     assert pages.on_page_markdown(text) == "a b [c](c.md)\n```text\n[a](../x.py)\n```\nd"

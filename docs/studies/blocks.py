@@ -1,6 +1,7 @@
 """The code blocks of a page: what they are, and how they run, in order, in one folder.
 
-    python docs/studies/blocks.py docs/codec.md
+    python docs/studies/blocks.py docs/codec.md             # run them, and say how long each takes
+    python docs/studies/blocks.py --write docs/codec.md     # also mend what is shown but not printed
 
 A fence of one of the RUNNABLE languages runs, unless a line `<!-- not run: REASON -->` stands right
 before it; `<!-- extra: NAME -->` says that it needs an extra of aiosgd.
@@ -23,6 +24,7 @@ folder, without a network.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shlex
@@ -34,10 +36,10 @@ import tempfile
 import textwrap
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeAlias
 
 RUNNABLE = ("console", "sh", "python", "toml")
 SHOWN = ("", "text", "json", "csv")
@@ -191,15 +193,27 @@ exec {python} -m pip install --disable-pip-version-check --quiet --no-index --no
 """
 
 
+Differs: TypeAlias = Callable[[Block, Command, str], None]
+
+
+def _refuse(block: Block, command: Command, printed: str) -> None:
+    what = f"`{command.words}` prints something else than the page shows"
+    raise BlockError(f"{block.place}: {what}:\n--- shown\n{command.shown}--- printed\n{printed}")
+
+
 class Workspace:
     """A folder in which the blocks of one page run, one after the other.
 
     Args:
         folder: an empty one.
         python: the interpreter of the environment in which aiosgd is installed.
+        differs: told of a command that prints something else than its page shows.
     """
 
-    def __init__(self, folder: Path, python: str = sys.executable) -> None:
+    def __init__(
+        self, folder: Path, python: str = sys.executable, differs: Differs = _refuse
+    ) -> None:
+        self._differs = differs
         self.folder = self._current = folder / "work"
         self._background: list[subprocess.Popen[bytes]] = []
         self._script = ""
@@ -284,7 +298,18 @@ class Workspace:
             )
         except subprocess.TimeoutExpired as error:
             raise BlockError(f"{block.place}: `{words}` runs for {TIMEOUT:.0f} s") from error
-        _check(block, command, done.returncode, done.stdout.decode(errors="replace"))
+        printed = done.stdout.decode(errors="replace")
+        if done.returncode != command.code:
+            what = f"ended with exit code {done.returncode}, not {command.code}"
+            raise BlockError(f"{block.place}: `{command.words}` {what}:\n{printed}")
+        if command.shown and not agrees(command.shown, printed):
+            self._differs(block, command, self._as_shown(printed))
+
+    def _as_shown(self, printed: str) -> str:
+        """Return what was printed with the page's ports and folder."""
+        for number, port in enumerate(self._ports, 1):
+            printed = printed.replace(str(port), f"900{number}")
+        return printed.replace(str(self.folder), "/home/me/work")
 
     def _run_beside(self, block: Block, words: str) -> None:
         """Start a process that stays, and wait for the first line that it prints."""
@@ -303,17 +328,6 @@ class Workspace:
             raise BlockError(f"{block.place}: `{words}` ended without a word")
 
 
-def _check(block: Block, command: Command, code: int, printed: str) -> None:
-    if code != command.code:
-        what = f"`{command.words}` ended with exit code {code}, not {command.code}"
-        raise BlockError(f"{block.place}: {what}:\n{printed}")
-    if command.shown and not agrees(command.shown, printed):
-        what = f"`{command.words}` prints something else than the page shows"
-        raise BlockError(
-            f"{block.place}: {what}:\n--- shown\n{command.shown}--- printed\n{printed}"
-        )
-
-
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -322,19 +336,49 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in listeners]
 
 
+_PROGRESS = re.compile(
+    r"(?:^(?:(?:worker|server) -?\d+(?:: epoch| waits for) |epoch \d+, step ).*\n)+", re.MULTILINE
+)
+_RUNNING = re.compile(r"^(job \S+: running\n)", re.MULTILINE)
+
+
+def abridged(printed: str) -> str:
+    """Return what a page shows of it: a job's progress is of other lines each time."""
+    return _RUNNING.sub("\\1…\n", _PROGRESS.sub("", printed))
+
+
+def mend(path: Path, command: Command, printed: str) -> None:
+    """Show on a page what a command prints."""
+    old, new = (f"$ {command.words}\n{text}" for text in (command.shown, abridged(printed)))
+    path.write_text(path.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+
+
+def walk(path: Path, differs: Differs) -> Iterator[tuple[Block, str]]:
+    """Run a page; yield each block that can run, and what became of it."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Workspace(Path(folder), differs=differs) as workspace,
+    ):
+        for block in blocks_of(path):
+            began = time.monotonic()
+            if "not run" in block.marks:
+                yield block, f"not run: {block.marks['not run']}"
+            elif block.language in RUNNABLE:
+                workspace.run(block)
+                yield block, f"{time.monotonic() - began:.1f} s"
+
+
 def main() -> None:
-    """Run the blocks of the pages that are named, and print how long each takes."""
-    for name in sys.argv[1:]:
-        with tempfile.TemporaryDirectory() as folder, Workspace(Path(folder)) as workspace:
-            for block in blocks_of(Path(name)):
-                if block.language not in RUNNABLE:
-                    continue
-                reason = block.marks.get("not run")
-                began = time.monotonic()
-                if reason is None:
-                    workspace.run(block)
-                told = f"not run: {reason}" if reason else f"{time.monotonic() - began:.1f} s"
-                print(f"{block.place} {block.language} {block.title}: {told}")  # noqa: T201
+    """Run the pages that are named."""
+    for path in map(Path, sys.argv[1:]):
+        if path.suffix == ".md":
+            differs = functools.partial(_mend_here, path) if "--write" in sys.argv else _refuse
+            for block, outcome in walk(path, differs):
+                print(f"{block.place} {block.language} {block.title}: {outcome}")  # noqa: T201
+
+
+def _mend_here(path: Path, _: Block, command: Command, printed: str) -> None:
+    mend(path, command, printed)
 
 
 if __name__ == "__main__":
