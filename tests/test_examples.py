@@ -41,6 +41,22 @@ def test_its_header_has_the_command_that_runs_it(path):
     assert any(f"examples/{path.name}" in command for command in commands)
 
 
+def statements(source):
+    """Return code without its docstrings, as far as it matters to Python."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        match getattr(node, "body", None):
+            case [ast.Expr(ast.Constant(str())), *others]:
+                node.body = others
+    return ast.unparse(tree)
+
+
+def test_the_codec_in_one_file_is_that_of_the_page():
+    page = (EXAMPLES.parent / "docs" / "codec.md").read_text(encoding="utf-8")
+    *_, final = re.findall(r'```python title="my_codec.py"\n(.*?)```', page, re.DOTALL)
+    assert statements(final) == statements((EXAMPLES / "dpsgd.py").read_text(encoding="utf-8"))
+
+
 def test_the_codec_in_one_file_passes_its_check():
     assert_codec(f"{EXAMPLES / 'dpsgd.py'}:DPsgd", workers=3, seeds=20)
 
