@@ -23,6 +23,7 @@ from typing import (
     NoReturn,
     TypeVar,
     get_args,
+    get_origin,
     get_type_hints,
 )
 
@@ -171,6 +172,7 @@ JOB_OPTIONS = {
     "record": "Keep the order in which things reach the codecs, for `simulate --replay`.",
     "title": "Part of the job id.",
     "output": "Folder for results.",
+    "tracker": "Record the job elsewhere, too: tensorboard, mlflow, wandb, jsonl; several with commas.",
 }
 
 
@@ -204,7 +206,8 @@ def _parameter(name: str) -> inspect.Parameter:
         rich_help_panel="Job options",
         show_default=False,
     )
-    kind: Any = bool if hint is bool else str
+    # repeated, it names several
+    kind: Any = bool if hint is bool else list[str] if get_origin(hint) is tuple else str
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -215,6 +218,8 @@ def _parameter(name: str) -> inspect.Parameter:
 
 def _number(name: str, value: Any) -> Any:
     """Return an option's text as the number that it is meant to be, if it is one."""
+    if value == []:
+        return None  # not given, as typer has it for what may be repeated
     hint = _hints()[name]
     for kind in (int, float):
         if isinstance(value, str) and (hint is kind or kind in get_args(hint)):

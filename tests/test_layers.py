@@ -28,7 +28,7 @@ LAYERS = [
         "aiosgd.runtime.workload aiosgd.runtime.actor aiosgd.runtime.probe aiosgd.catalogue "
         "aiosgd.runtime.checkpoint"
     ),
-    "aiosgd.runtime.learner aiosgd.runtime.record aiosgd.runtime.watchdog",
+    "aiosgd.runtime.learner aiosgd.runtime.record aiosgd.runtime.watchdog aiosgd.runtime.tracking",
     "aiosgd.runtime.archive",
     "aiosgd.runtime.session aiosgd.runtime.harvest",
     "aiosgd.runtime.coordinator aiosgd.display",

@@ -23,8 +23,9 @@ import threadpoolctl
 
 from aiosgd.errors import AiosgdError, ClusterError, ConfigError, PluginNotFoundError
 from aiosgd.plugins.datasets.base import sha256 as sha256_of
-from aiosgd.plugins.kinds import KINDS, TRACKERS
-from aiosgd.plugins.registry import describe, error_text, make_params
+from aiosgd.plugins.kinds import KINDS
+from aiosgd.plugins.registry import describe, error_text
+from aiosgd.plugins.trackers import Csv
 from aiosgd.runtime import archive, checkpoint, config, results, workload
 from aiosgd.runtime.archive import CHECKPOINTS, END
 from aiosgd.runtime.config import Address, JobConfig
@@ -529,8 +530,7 @@ class Part:
             self._log.warning("this node's own copy of the run is not complete: %s", error)
 
     def _write_copy(self, session: Session) -> None:
-        tracker = TRACKERS.load("csv")
-        table = tracker(make_params(tracker, {}, "tracker"), self.folder)
+        table = Csv(Csv.Params(), self.folder)
         table.write("train", session.train.array())
         table.write("eval", session.evaluations.array())
         archive.write_sketches(self.folder, session.sketches)
