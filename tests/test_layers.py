@@ -33,7 +33,7 @@ LAYERS = [
     "aiosgd.runtime.session aiosgd.runtime.harvest",
     "aiosgd.runtime.coordinator aiosgd.display",
     "aiosgd.runtime.part",
-    "aiosgd.runtime.visit",
+    "aiosgd.runtime.visit aiosgd.runtime.metrics",
     "aiosgd.runtime.node aiosgd.runtime.survey",
     "aiosgd.runtime.simulation.*",
     "aiosgd.check.*",

@@ -421,7 +421,8 @@ def _put(values: dict[str, Any], setting: Setting) -> None:
 
 
 _COMPANIONS = {kind: (f"{kind}_params",) for kind in KINDS} | {
-    "codec": ("codec_params", "server_codec", "server_codec_params")
+    "codec": ("codec_params", "server_codec", "server_codec_params"),
+    "tracker": ("tracker_params",),
 }
 
 
@@ -431,7 +432,7 @@ def _still_wanted(defaults: Sequence[Setting], given: Sequence[Setting]) -> list
     new = {setting.path[0]: setting.value for setting in given}
     dropped = {
         companion
-        for kind in KINDS
+        for kind in (*KINDS, "tracker")
         if kind in old and new.get(kind, old[kind]) != old[kind]
         for companion in _COMPANIONS[kind]
     }

@@ -57,6 +57,7 @@ class Settings:
     Attributes:
         security: what all its links are protected with.
         unix: whether links within this machine may go over unix sockets.
+        metrics: where `GET /metrics` is answered; None is nowhere.
         clock: the time in seconds, as `Place` takes it.
     """
 
@@ -67,6 +68,7 @@ class Settings:
     allow_code: bool = False
     security: Security = OPEN
     unix: bool = True
+    metrics: Address | None = None
     clock: Callable[[], float] = time.perf_counter
 
 

@@ -178,14 +178,16 @@ class Tracking:
         outcome.tracker_errors = dict(self.errors)
 
     def _await(self, track: _Track, patience: float) -> None:
-        track.join(SAID_AFTER)
-        if track.is_alive() and not self._hurry.is_set():
-            self._tell(f"waiting for tracker {track.name!r}; the results are written")
+        since, is_said = time.monotonic(), False
         while track.is_alive() and not self._hurry.is_set():
             track.join(LOOK)
-            if track.is_alive() and time.monotonic() - track.moved > patience:
+            now = time.monotonic()
+            if track.is_alive() and now - track.moved > patience:
                 self._failed(track.name, f"is still busy after {patience:g} s and is left behind")
                 return
+            if track.is_alive() and now - since > SAID_AFTER and not is_said:
+                self._tell(f"waiting for tracker {track.name!r}; the results are written")
+                is_said = True
         if track.is_alive():
             self._failed(track.name, "was not waited for")
         elif track.missed:

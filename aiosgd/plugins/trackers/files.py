@@ -7,8 +7,8 @@ import io
 import json
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -60,22 +60,12 @@ class Jsonl(Tracker):
     """
 
     _job_id = ""
-    _file: io.TextIOBase | None = None
 
     def begin(self, job: Job) -> None:
-        """Open the file, and write what is run."""
+        """Write what is run; what a submitter wrote that was killed is kept."""
         self._job_id = job.id
-        path = self.folder / "job.jsonl"
-        try:
-            # what a submitter wrote that was killed is kept, with its last line ended
-            earlier = path.read_bytes()[-1:] if path.exists() else b""
-            self._file = path.open("a", encoding="utf-8")
-            self._file.write("" if earlier in (b"", b"\n") else "\n")
-        except OSError as error:
-            raise AiosgdError(f"{path}: cannot be written ({describe(error)})") from error
-        self._event(
-            "begin", {"options": job.options, "nodes": job.nodes, "simulated": job.simulated}
-        )
+        facts = {"options": job.options, "nodes": job.nodes, "simulated": job.simulated}
+        self._event("begin", facts)
 
     def progress(self, facts: Facts) -> None:
         """Write a line."""
@@ -89,29 +79,35 @@ class Jsonl(Tracker):
         """Write a line per row."""
         names = list(rows.dtype.names or ())
         columns = [rows[name].tolist() for name in names]
-        for values in zip(*columns, strict=True):
-            self._line({"table": table, **dict(zip(names, values, strict=True))})
-        self._flush()
+        self._add(
+            {"table": table, **dict(zip(names, values, strict=True))}
+            for values in zip(*columns, strict=True)
+        )
 
     def end(self, summary: Facts) -> None:
-        """Write what came of it, and close the file."""
+        """Write what came of it."""
         self._event("end", {"summary": summary})
-        if self._file is not None:
-            self._file.close()
 
     def _event(self, event: str, facts: Facts) -> None:
-        self._line({"event": event, "time": time.time(), **facts})
-        self._flush()
+        self._add([{"event": event, "time": time.time(), **facts}])
 
-    def _line(self, facts: Facts) -> None:
-        assert self._file is not None
-        values = _json_value({"job_id": self._job_id, **facts})
-        self._file.write(json.dumps(values, allow_nan=False, ensure_ascii=False) + "\n")
+    def _add(self, lines: Iterable[Facts]) -> None:
+        path = self.folder / "job.jsonl"
+        try:
+            with path.open("a+b") as file:
+                if file.tell() and _last_byte(file) != b"\n":
+                    file.write(b"\n")  # it ends where a submitter was killed
+                for facts in lines:
+                    values = _json_value({"job_id": self._job_id, **facts})
+                    text = json.dumps(values, allow_nan=False, ensure_ascii=False)
+                    file.write(f"{text}\n".encode())
+        except OSError as error:
+            raise AiosgdError(f"{path}: cannot be written ({describe(error)})") from error
 
-    def _flush(self) -> None:
-        """Let whoever follows the file see what is there."""
-        assert self._file is not None
-        self._file.flush()
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, io.SEEK_END)
+    return file.read()
 
 
 def _json_value(value: Any) -> Any:
