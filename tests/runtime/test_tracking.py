@@ -173,12 +173,13 @@ def hanging(monkeypatch, spy):
 
 
 def test_one_that_hangs_is_left_behind(monkeypatch, hanging, begun, outcome):
-    monkeypatch.setattr(tracking, "SAID_AFTER", 0.01)
+    monkeypatch.setattr(tracking, "LOOK", 0.01)
+    monkeypatch.setattr(tracking, "SAID_AFTER", 0.0)
     one = begun("hanging,spy")
-    one.end(outcome, patience=0.05)
+    one.end(outcome, patience=0.3)
     first, second = one.lines
     assert first == "waiting for tracker 'hanging'; the results are written"
-    assert second.startswith("tracker 'hanging' is still busy after 0.05 s and is left behind")
+    assert second.startswith("tracker 'hanging' is still busy after 0.3 s and is left behind")
     assert outcome.tracker_errors.keys() == {"hanging"}
     assert "end" in dict(Spy.told)  # the other one is whole
 

@@ -26,7 +26,7 @@ from aiosgd.plugins.trackers.base import (
 )
 
 # TensorBoard reads files with `tfevents` in their names, those of a folder in alphabetical order
-LIVE, WHOLE = "part", "whole"
+LIVE, WHOLE = "live", "whole"
 # of TensorFlow's log format: the first event of a file names it
 VERSION = "brain.Event:2"
 JOB = "job"
@@ -60,7 +60,7 @@ class TensorBoard(Tracker):
     columns of consensus.csv by epoch.
 
     While the job trains, there is a point of each worker a few times per second. In the end, files
-    with all rows take their place.
+    with all rows (`*.whole`) take the place of those (`*.live`); TensorBoard forgets them then.
     """
 
     Params = TensorBoardParams
@@ -118,27 +118,21 @@ class TensorBoard(Tracker):
                 file.scalars(self._began + time_s, step, values)
 
     def end(self, summary: Facts) -> None:
-        """Close all files, and remove those that others have taken the place of."""
+        """Close all files."""
         end = _markdown({key: v for key, v in flattened(summary).items() if "per_node" not in key})
         job = self._file(self._whole, JOB)
         job.text(self._began, "options", self._options)
         job.text(self._began + (summary["wall_s"] or 0.0), "summary", end)
         for file in (*self._live.values(), *self._whole.values()):
             file.close()
-        for run in self._whole:
-            for part in self._folder(run).glob(f"*.{LIVE}"):
-                part.unlink()
-
-    def _folder(self, run: str) -> Path:
-        return self.folder / "tensorboard" / run
 
     def _file(self, files: dict[str, EventFile], run: str) -> EventFile:
         """Return a run's file, a new one when it is first asked for."""
         if run not in files:
             kind = LIVE if files is self._live else WHOLE
-            name = f"events.out.tfevents.{time.time():.0f}.{os.getpid()}.{kind}"
-            files[run] = EventFile(self._folder(run) / name)
-            if kind == WHOLE:  # what was shown before makes place for it
+            name = f"events.out.tfevents.{time.time():.6f}.{os.getpid()}.{kind}"
+            files[run] = EventFile(self.folder / "tensorboard" / run / name)
+            if kind == WHOLE:  # a file is not removed while somebody watches it
                 files[run].restart(self._began)
         return files[run]
 
