@@ -750,8 +750,11 @@ def _metrics_address(host: str, port: int | None) -> Address | None:
         return None
     if not 0 <= port <= 65535:
         raise ConfigError(f"--metrics-port is {port}; a port is 0..65535")
-    text = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return Address.parse(text, "--metrics-host", allow_zero=True)
+    try:
+        name = f"[{host}]" if ":" in host else host
+        return Address.parse(f"{name}:{port}", "--metrics-host", allow_zero=True)
+    except ConfigError:
+        raise ConfigError(f"--metrics-host is {host!r}; expected a name or an address") from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,5 +1,6 @@
 """Trackers beside a job: told of everything, and never in its way."""
 
+import asyncio
 import json
 import logging
 import threading
@@ -14,7 +15,7 @@ from aiosgd.errors import ConfigError, PluginNotFoundError
 from aiosgd.plugins.trackers import Tracker
 from aiosgd.runtime import results, tracking
 from aiosgd.runtime.config import make_job
-from aiosgd.runtime.coordinator import load_job
+from aiosgd.runtime.coordinator import Request, load_job, run_job
 from aiosgd.runtime.results import CONSENSUS, EVAL, TRAIN, Rows, Summary
 from aiosgd.runtime.session import Evaluation, Progress
 from aiosgd.runtime.tracking import Tracking, check_trackers
@@ -222,6 +223,22 @@ def test_one_that_is_slow_misses_news_and_nothing_else(
     assert names == ["begin", *["progress"] * 3, "train", "eval", "consensus", "end"]
     assert "tracker 'hanging' was too slow for 7 news" in caplog.text
     assert one.lines == []
+
+
+async def test_a_job_that_is_interrupted_while_a_tracker_is_busy_is_written(
+    hanging, tmp_path, running
+):
+    async with running() as (_, address):
+        job = make_job({"output": str(tmp_path), "max_steps": 2, "tracker": "hanging"})
+        asked = Request(job=job, workers=[address], data_dir=tmp_path / "data")
+        working = asyncio.ensure_future(run_job(asked, Silent()))
+        assert await asyncio.to_thread(hanging.entered.wait, DEADLINE)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+    (folder,) = tmp_path.glob("2*")
+    assert results.read_summary(folder).state == "done"
+    assert "tracker 'hanging' was not waited for" in (folder / "submit.log").read_text()
 
 
 # Before a job -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from aiosgd.plugins.registry import NoParams
 Rows: TypeAlias = np.recarray[Any, Any]
 Facts: TypeAlias = Mapping[str, Any]
 
-INDEX = ("node", "step", "epoch", "time_s")
+INDEX = ("node", "step", "epoch", "time_s", "workers")
 """Columns that say where a row belongs; all others are figures."""
 
 

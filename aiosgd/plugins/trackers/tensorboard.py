@@ -43,7 +43,7 @@ class TensorBoardParams:
     """
 
     workers: int = 32
-    points: int = 5000
+    points: int = 2000
 
     def __post_init__(self) -> None:
         for name in ("workers", "points"):
