@@ -62,11 +62,11 @@ def test_a_job_that_was_left_to_its_nodes_is_tracked_when_it_is_fetched(two, tmp
             await asyncio.sleep(0.05)
         # of a submitter that was killed while it tracked, too
         (folder / "job.jsonl").write_text('{"event": "begin"}\n')
-        outcome = await aio.fetch(two, output=tmp_path)
+        outcome = await aio.fetch(two, folder.name, tmp_path)
         (tmp_path / "other" / folder.name).mkdir(parents=True)
         (tmp_path / "other" / folder.name / "job.jsonl").touch()  # of nobody knows whom
         with pytest.raises(ConfigError, match="exists already"):
-            await aio.fetch(two, output=tmp_path / "other")
+            await aio.fetch(two, folder.name, tmp_path / "other")
         return outcome
 
     lines = check_whole(asyncio.run(asyncio.wait_for(work(), 60)))
@@ -77,12 +77,12 @@ def test_a_tracker_that_is_not_installed_where_a_job_is_fetched_is_a_line(
     two, tmp_path, monkeypatch
 ):
     async def work():
-        await aio.start(two, output=tmp_path, max_steps=3, tracker="wandb")
+        folder = await aio.start(two, output=tmp_path, max_steps=3, tracker="wandb")
         while any(one.status.job_id for one in await aio.status(two)):
             await asyncio.sleep(0.05)
         monkeypatch.setitem(__import__("sys").modules, "wandb", None)
         notes = []
-        outcome = await aio.fetch(two, output=tmp_path / "other", note=notes.append)
+        outcome = await aio.fetch(two, folder.name, tmp_path / "other", note=notes.append)
         return outcome, notes
 
     monkeypatch.setattr("aiosgd.plugins.trackers.wandb.Wandb.require", lambda: None)

@@ -79,8 +79,8 @@ class Tracker(ABC):
 
         Args:
             facts: `node`, `step` (as in train.csv, from 0), `steps` (of the job), `epoch`, `loss`
-                and `accuracy` of its newest blocks, `samples_per_s`, `bytes_per_s`, and `time_s`
-                since the job began.
+                and `accuracy` of its newest blocks, `samples_per_s`, `bytes_per_s` and `waited` (the
+                share of the time) since its last news, and `time_s` since the job began.
         """
 
     def evaluation(self, facts: Facts) -> None:

@@ -55,9 +55,9 @@ class TensorBoard(Tracker):
     """Event files for TensorBoard; needs the extra `tensorboard`.
 
     In the run folder's `tensorboard/` each worker has a run, `worker-0` and so on, with the columns
-    of train.csv and eval.csv by step, such as `train/loss` and `eval/accuracy`, and the rates
-    `train/samples_per_s` and `train/bytes_per_s`. The run `job` has the options as text and the
-    columns of consensus.csv by epoch.
+    of train.csv and eval.csv by step, such as `train/loss` and `eval/accuracy`, the rates
+    `train/samples_per_s` and `train/bytes_per_s`, and `train/waited`, the share of the time. The
+    run `job` has the options as text and the columns of consensus.csv by epoch.
 
     While the job trains, there is a point of each worker a few times per second. In the end, files
     with all rows (`*.whole`) take the place of those (`*.live`); TensorBoard forgets them then.
@@ -138,13 +138,20 @@ class TensorBoard(Tracker):
 
 
 def rates(rows: Rows, shown: Rows) -> Any:
-    """Yield step, time_s and the rates since the row before it, for each row that is shown."""
+    """Yield step, time_s and the rates since the row before it, for each row that is shown.
+
+    They are those of a worker's progress: samples and bytes per second, and the share of waiting.
+    """
     at = np.searchsorted(rows.step, shown.step)
     seconds = np.diff(shown.time_s, prepend=0.0)
-    totals = {"samples": rows.samples, "bytes": rows.bytes_sent + rows.bytes_received}
+    totals = {
+        "samples_per_s": rows.samples,
+        "bytes_per_s": rows.bytes_sent + rows.bytes_received,
+        "waited": rows.wait_s,
+    }
     counts = {name: np.diff(np.cumsum(one)[at], prepend=0) for name, one in totals.items()}
     for i in np.flatnonzero(seconds > 0):
-        values = {f"train/{name}_per_s": float(n[i] / seconds[i]) for name, n in counts.items()}
+        values = {f"train/{name}": float(n[i] / seconds[i]) for name, n in counts.items()}
         yield int(shown.step[i]), float(shown.time_s[i]), values
 
 

@@ -173,7 +173,6 @@ def simulate(
             observer.noted(text)
         observer.attended(range(simulation.workers), simulation.workers)
         observer.entered(Phase.RUNNING, job_id)
-        nodes = [*range(simulation.workers), *server_ids(simulation.servers)]
         tracking.begin(job_id, dict.fromkeys(nodes, VIRTUAL), simulated=True)
         played = play(simulation, report, begun)
         outcome = _write(played, simulation, folder, job_id, log)

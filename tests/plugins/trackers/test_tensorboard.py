@@ -102,14 +102,14 @@ def test_what_a_killed_submitter_left_makes_place_when_the_job_is_fetched(tmp_pa
 
 
 def test_rates_are_those_between_the_points_that_are_shown():
-    names = ["step", "time_s", "samples", "bytes_sent", "bytes_received"]
-    columns = [[0, 1, 2], [1.0, 1.0, 3.0], [10, 20, 30], [1, 1, 1], [2, 2, 2]]
+    names = ["step", "time_s", "samples", "bytes_sent", "bytes_received", "wait_s"]
+    columns = [[0, 1, 2], [1.0, 1.0, 3.0], [10, 20, 30], [1, 1, 1], [2, 2, 2], [0.5, 0.0, 1.0]]
     rows = np.rec.fromarrays([np.array(c) for c in columns], names=names)
     all_points = {step: values["train/samples_per_s"] for step, _, values in rates(rows, rows)}
     assert all_points == {0: 10.0, 2: 15.0}  # none where no time has passed
     ((step, time_s, values),) = rates(rows, rows[2:])
     assert (step, time_s) == (2, 3.0)
-    assert values == {"train/samples_per_s": 20.0, "train/bytes_per_s": 3.0}
+    assert values == {"train/samples_per_s": 20.0, "train/bytes_per_s": 3.0, "train/waited": 0.5}
 
 
 def test_many_rows_are_thinned(tmp_path):
