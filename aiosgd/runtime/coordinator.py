@@ -368,10 +368,10 @@ class Coordinator:
         self._log, handler = results.open_log(self.folder / "submit.log")
         self._harvest = Harvest(self.folder, self.load, self.nodes, self._log)
         if not self._leaves:  # a job that is left to its nodes is tracked once it is fetched
-            loop, noted = asyncio.get_running_loop(), self.observer.noted
+            loop = asyncio.get_running_loop()
 
             def tell(text: str) -> None:
-                loop.call_soon_threadsafe(noted, text)
+                loop.call_soon_threadsafe(self.observer.noted, text)
 
             self._tracking = Tracking(self.request.job, self.folder, self._log, tell)
         try:
