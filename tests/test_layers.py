@@ -90,6 +90,7 @@ DOORS = {
     "safetensors": {"aiosgd.runtime.results", "aiosgd.runtime.checkpoint"},
     "zstandard": {"aiosgd.plugins.compressors.lossless"},
     "tomli_w": {"aiosgd.runtime.results"},
+    **{name: {f"aiosgd.plugins.trackers.{name}"} for name in ("tensorboard", "mlflow", "wandb")},
     "threadpoolctl": {
         "aiosgd.runtime.part",
         "aiosgd.runtime.simulation.simulate",
