@@ -446,7 +446,7 @@ def _still_wanted(
     """Return an earlier run's options without those of a plugin that is replaced."""
     written = {text.partition("=")[0].strip().removeprefix("job.") for text in sets}
     new, dropped = make_job(given, sets), set[str]()
-    for kind in KINDS:
+    for kind in (*KINDS, "tracker"):
         if kind in written | set(given) and getattr(new, kind) != getattr(earlier, kind):
             dropped.add(f"{kind}_params")
             if kind == "codec":

@@ -23,6 +23,7 @@ from typing import (
     NoReturn,
     TypeVar,
     get_args,
+    get_origin,
     get_type_hints,
 )
 
@@ -171,6 +172,7 @@ JOB_OPTIONS = {
     "record": "Keep the order in which things reach the codecs, for `simulate --replay`.",
     "title": "Part of the job id.",
     "output": "Folder for results.",
+    "tracker": "Record the job elsewhere, too: tensorboard, mlflow, wandb, jsonl; several with commas.",
 }
 
 
@@ -204,7 +206,8 @@ def _parameter(name: str) -> inspect.Parameter:
         rich_help_panel="Job options",
         show_default=False,
     )
-    kind: Any = bool if hint is bool else str
+    # repeated, it names several
+    kind: Any = bool if hint is bool else list[str] if get_origin(hint) is tuple else str
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -215,6 +218,8 @@ def _parameter(name: str) -> inspect.Parameter:
 
 def _number(name: str, value: Any) -> Any:
     """Return an option's text as the number that it is meant to be, if it is one."""
+    if value == []:
+        return None  # not given, as typer has it for what may be repeated
     hint = _hints()[name]
     for kind in (int, float):
         if isinstance(value, str) and (hint is kind or kind in get_args(hint)):
@@ -492,11 +497,14 @@ def _check_again(outcome: Simulated) -> None:
     import subprocess
     import tempfile
 
+    from aiosgd.runtime.results import read_job
     from aiosgd.runtime.simulation.trace_file import first_difference
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace"
         words = _without(sys.argv[1:], "--check", "--trace")
+        if read_job(outcome.folder).tracker:  # the job is recorded once
+            words = [*_without_tracker_params(words), "--set", "tracker=[]"]
         done = subprocess.run(  # noqa: S603 - this very command
             [sys.executable, "-m", "aiosgd", *words, "--trace", path, "--output", folder],
             env={**os.environ, "PYTHONHASHSEED": str(hash("aiosgd") % 4_000_000_000)},
@@ -519,6 +527,13 @@ def _without(words: list[str], flag: str, option: str) -> list[str]:
             kept.append(word)
         skip = word == option
     return kept
+
+
+def _without_tracker_params(words: list[str]) -> list[str]:
+    """Return a command line without `--set tracker.…`."""
+    pairs = zip(words, ["", *words], strict=False)
+    kept = [not (before == "--set" and word.startswith("tracker.")) for word, before in pairs]
+    return [w for i, w in enumerate(words) if kept[i] and (i + 1 == len(words) or kept[i + 1])]
 
 
 def _run_to_end(
@@ -636,6 +651,13 @@ def node(
         bool,
         typer.Option("--no-supervisor", help="Do not start the node again if its process dies."),
     ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Port for Prometheus, GET /metrics; 0 picks one; default: none."),
+    ] = None,
+    metrics_host: Annotated[
+        str, typer.Option(help="Address for that port; who reaches it reads the numbers.")
+    ] = "127.0.0.1",
     until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Run a node until it is interrupted."""
@@ -646,6 +668,7 @@ def node(
 
     security = SecurityFiles(secret_file, tls_cert, tls_key, tls_ca).load()
     _check_listen(host, port, safe=bool(security), insecure=insecure, allow_code=allow_code)
+    metrics = _metrics_address(metrics_host, metrics_port)
     run_dir = _writable(run_dir or _default_run_dir(port))
     life = supervisor.Life(port)
     if not (no_supervisor or until_stdin_closes):
@@ -665,11 +688,15 @@ def node(
         allow_code=allow_code,
         security=security,
         unix=not no_unix,
+        metrics=metrics,
     )
+    the_node = Node(settings)
 
     def started(address: Address) -> None:
         life.listening(address.port)
         if life.is_first:
+            if the_node.metrics is not None:
+                print(f"aiosgd node metrics on http://{the_node.metrics}/metrics", flush=True)
             print(f"aiosgd node listening on {address}", flush=True)
 
     async def serve() -> None:
@@ -679,7 +706,7 @@ def node(
             loop.add_signal_handler(number, stop.set)
         if until_stdin_closes:
             loop.add_reader(sys.stdin, stop.set)
-        serving = asyncio.ensure_future(Node(settings).serve(started))
+        serving = asyncio.ensure_future(the_node.serve(started))
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -713,6 +740,21 @@ def _check_listen(host: str, port: int, *, safe: bool, insecure: bool, allow_cod
             "--secret-file (`aiosgd new secret FILE` writes one), or --tls-cert, --tls-key and "
             "--tls-ca, or add --insecure if the network is trusted"
         )
+
+
+def _metrics_address(host: str, port: int | None) -> Address | None:
+    """Return where a node tells its metrics, if it does."""
+    from aiosgd.runtime.config import Address
+
+    if port is None:
+        return None
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--metrics-port is {port}; a port is 0..65535")
+    try:
+        name = f"[{host}]" if ":" in host else host
+        return Address.parse(f"{name}:{port}", "--metrics-host", allow_zero=True)
+    except ConfigError:
+        raise ConfigError(f"--metrics-host is {host!r}; expected a name or an address") from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -142,6 +142,18 @@ NODES = 'workers = ["127.0.0.1:1"]\n'
         (["plugins", "show", "codec"], "plugins show takes a kind and a name"),
         (["plugins", "codec", "plain"], "plugins takes one kind, not 'codec plain'"),
         (["node", "--port", "70000"], "--port is 70000; a port is 0..65535"),
+        (["run", "--tracker", "jsnol"], "no tracker is named 'jsnol' (did you mean 'jsonl'?"),
+        (["run", "--tracker", "jsonl,csv,x"], "no tracker is named 'x'"),
+        (["run", "--tracker", "csv", "--tracker", "x"], "no tracker is named 'x'"),
+        (
+            ["run", "--set", "tracker.jsonl.x=1"],
+            "the job has no such tracker; --tracker jsonl adds",
+        ),
+        (["node", "--metrics-port", "70000"], "--metrics-port is 70000; a port is 0..65535"),
+        (
+            ["node", "--metrics-port", "0", "--metrics-host", "a b"],
+            "--metrics-host is 'a b'; expected a name or an address",
+        ),
         (["node", "--host", "0.0.0.0"], "add --insecure if the network is trusted"),
         (["node", "--host", "0.0.0.0"], "add --secret-file (`aiosgd new secret FILE` writes one)"),
         (

@@ -28,12 +28,12 @@ LAYERS = [
         "aiosgd.runtime.workload aiosgd.runtime.actor aiosgd.runtime.probe aiosgd.catalogue "
         "aiosgd.runtime.checkpoint"
     ),
-    "aiosgd.runtime.learner aiosgd.runtime.record aiosgd.runtime.watchdog",
+    "aiosgd.runtime.learner aiosgd.runtime.record aiosgd.runtime.watchdog aiosgd.runtime.tracking",
     "aiosgd.runtime.archive",
     "aiosgd.runtime.session aiosgd.runtime.harvest",
     "aiosgd.runtime.coordinator aiosgd.display",
     "aiosgd.runtime.part",
-    "aiosgd.runtime.visit",
+    "aiosgd.runtime.visit aiosgd.runtime.metrics",
     "aiosgd.runtime.node aiosgd.runtime.survey",
     "aiosgd.runtime.simulation.*",
     "aiosgd.check.*",
@@ -90,6 +90,7 @@ DOORS = {
     "safetensors": {"aiosgd.runtime.results", "aiosgd.runtime.checkpoint"},
     "zstandard": {"aiosgd.plugins.compressors.lossless"},
     "tomli_w": {"aiosgd.runtime.results"},
+    **{name: {f"aiosgd.plugins.trackers.{name}"} for name in ("tensorboard", "mlflow", "wandb")},
     "threadpoolctl": {
         "aiosgd.runtime.part",
         "aiosgd.runtime.simulation.simulate",

@@ -101,6 +101,8 @@ class JobConfig:
         resume: the id of a job whose checkpoints this one goes on from; empty: from the start.
         record: whether nodes keep the order in which things reach their codecs, for a replay.
         output: the folder that the run's folder is made in.
+        tracker: where its tables and news go besides the CSV files, which are always written.
+        tracker_params: the parameters of each tracker, by its name.
     """
 
     codec: str = "plain"
@@ -134,7 +136,7 @@ class JobConfig:
     record: bool = False
     title: str = ""
     output: str = "runs"
-    trackers: tuple[str, ...] = ("csv",)
+    tracker: tuple[str, ...] = ()
     codec_params: dict[str, Any] = field(default_factory=dict)
     server_codec_params: dict[str, Any] = field(default_factory=dict)
     compressor_params: dict[str, Any] = field(default_factory=dict)
@@ -144,6 +146,7 @@ class JobConfig:
     assignment_params: dict[str, Any] = field(default_factory=dict)
     topology_params: dict[str, Any] = field(default_factory=dict)
     optimizer_params: dict[str, Any] = field(default_factory=dict)
+    tracker_params: dict[str, dict[str, Any]] = field(default_factory=dict)
     compute: Compute = field(default_factory=Compute)
     wire: Wire = field(default_factory=Wire)
 
@@ -201,7 +204,7 @@ _RULES: dict[tuple[str, ...], Rule] = {
     ),
     ("resume",): Rule("a job's id", lambda s: s == "" or _JOB_ID.fullmatch(s) is not None),
     ("output",): Rule("a folder", lambda s: s != "" and "\0" not in s),
-    ("trackers",): Rule("names", lambda names: all(map(_NAME.holds, names))),
+    ("tracker",): Rule("names", lambda names: all(map(_NAME.holds, names))),
     ("compute", "threads"): _COUNT,
     ("compute", "slow"): Rule("a factor of 1 or more", lambda x: x >= 1),
 }
@@ -418,7 +421,8 @@ def _put(values: dict[str, Any], setting: Setting) -> None:
 
 
 _COMPANIONS = {kind: (f"{kind}_params",) for kind in KINDS} | {
-    "codec": ("codec_params", "server_codec", "server_codec_params")
+    "codec": ("codec_params", "server_codec", "server_codec_params"),
+    "tracker": ("tracker_params",),
 }
 
 
@@ -428,7 +432,7 @@ def _still_wanted(defaults: Sequence[Setting], given: Sequence[Setting]) -> list
     new = {setting.path[0]: setting.value for setting in given}
     dropped = {
         companion
-        for kind in KINDS
+        for kind in (*KINDS, "tracker")
         if kind in old and new.get(kind, old[kind]) != old[kind]
         for companion in _COMPANIONS[kind]
     }
@@ -497,11 +501,11 @@ def _parse_set(text: str) -> Setting:
 
 def _set_table(name: str, place: str) -> str:
     """Return the option that `--set name.key=…` sets a key of."""
-    if name in KINDS:
+    if name in (*KINDS, "tracker"):
         return f"{name}_params"
     if name in _hints(JobConfig):
         return name
-    raise ConfigError(unknown_key(place, name, (*KINDS, *_TABLE_TYPES, "job")))
+    raise ConfigError(unknown_key(place, name, (*KINDS, "tracker", *_TABLE_TYPES, "job")))
 
 
 def _toml_value(text: str, place: str) -> Any:
@@ -559,8 +563,15 @@ def _hints(cls: type) -> dict[str, Any]:
 def _checked(path: tuple[str, ...], value: Any, expected: Any, place: str) -> Any:
     """Return a value as the option's type, within its range."""
     plain = _plain(value, place)
+    if path == ("tracker",):
+        plain = _names(plain)
     if expected is Any:
         return plain
+    if path[:-1] == ("tracker_params",) and not isinstance(plain, dict):
+        raise ConfigError(
+            f"{place} is {plain!r}; a tracker's parameter is tracker.NAME.KEY, such as "
+            "tracker.mlflow.experiment"
+        )
     if expected in (Compute, Wire):
         raise ConfigError(f"{place} is {plain!r}; expected a table")
     checked = check_value(plain, expected, place)
@@ -572,6 +583,14 @@ def _checked(path: tuple[str, ...], value: Any, expected: Any, place: str) -> An
     if rule and not rule.holds(checked):
         raise ConfigError(f"{place} is {plain!r}; expected {rule.text}")
     return checked
+
+
+def _names(value: Any) -> Any:
+    """Return names that are written with commas between them as a list; each comes once."""
+    parts = [value] if isinstance(value, str) else value
+    if not (isinstance(parts, list) and all(isinstance(part, str) for part in parts)):
+        return value
+    return list(dict.fromkeys(name.strip() for part in parts for name in part.split(",")))
 
 
 def _plain(value: Any, place: str) -> Any:

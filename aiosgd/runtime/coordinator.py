@@ -26,8 +26,7 @@ from aiosgd.errors import (
     RemoteProtocolError,
 )
 from aiosgd.plugins.datasets import DataFile
-from aiosgd.plugins.kinds import TRACKERS
-from aiosgd.plugins.registry import check_value, error_text, make_dataclass, make_params
+from aiosgd.plugins.registry import check_value, error_text, make_dataclass
 from aiosgd.runtime import config, results, workload
 from aiosgd.runtime.archive import write_job
 from aiosgd.runtime.config import Address, JobConfig
@@ -59,6 +58,7 @@ from aiosgd.runtime.job import (
 from aiosgd.runtime.mesh import Mesh
 from aiosgd.runtime.security import OPEN, Security
 from aiosgd.runtime.session import Evaluation, News, Note, Pause, Progress
+from aiosgd.runtime.tracking import PATIENCE, Tracking, check_trackers
 from aiosgd.runtime.workload import Workload
 
 # how often deadlines are looked at
@@ -70,6 +70,8 @@ NEWEST_TIMEOUT = 60.0
 NOTE_INTERVAL, NOTE_LENGTH = 5.0, 300
 # longest wait for the nodes to end their links after a job
 FAREWELL = 1.0
+# seconds that a tracker may take for a table of a job that was interrupted
+TRACKED_WITHIN = 5.0
 
 
 class Observer(Protocol):
@@ -202,8 +204,7 @@ def load_job(job: JobConfig, workers: int, data_dir: Path) -> Loaded:
         ConfigError, PluginError: see `workload.load`; also for trackers, which only the submitter
             needs.
     """
-    for tracker in job.trackers:
-        make_params(TRACKERS.load(tracker), {}, "tracker")
+    check_trackers(job)
     files = workload.dataset_files(job, data_dir)
     paths = {file.name: file.path for file in files}
     return workload.load(job, workers, data_dir, paths=paths or None), files
@@ -307,6 +308,7 @@ class Coordinator:
     _cause: Exception | None = None
     _cancelled: bool = False
     _leaves: bool = False
+    _tracking: Tracking | None = None
     _began: dict[str, Any] | None = None
     _incarnations: Counter[int] = field(default_factory=Counter)
     _steps: dict[int, int] = field(default_factory=dict)  # worker -> the newest that is known
@@ -365,6 +367,13 @@ class Coordinator:
         self.job_id, self.folder = results.new_folder(self.request.job, self.job_id)
         self._log, handler = results.open_log(self.folder / "submit.log")
         self._harvest = Harvest(self.folder, self.load, self.nodes, self._log)
+        if not self._leaves:  # a job that is left to its nodes is tracked once it is fetched
+            loop = asyncio.get_running_loop()
+
+            def tell(text: str) -> None:
+                loop.call_soon_threadsafe(self.observer.noted, text)
+
+            self._tracking = Tracking(self.request.job, self.folder, self._log, tell)
         try:
             self._write_job()
             if text := self.load.mixing:
@@ -413,7 +422,23 @@ class Coordinator:
                 await asyncio.shield(writing)
             except asyncio.CancelledError:
                 self._cancelled = True
-        return writing.result()
+        outcome = writing.result()
+        await self._tracked(outcome)
+        return outcome
+
+    async def _tracked(self, outcome: Outcome) -> None:
+        """Wait for the trackers, who come last; if this is cancelled, for them no more."""
+        tracking, patience = self._tracking, TRACKED_WITHIN if self._cancelled else PATIENCE
+        if tracking is None:
+            return
+        ending = asyncio.ensure_future(asyncio.to_thread(tracking.end, outcome, patience))
+        while not ending.done():
+            try:
+                await asyncio.shield(ending)
+            except asyncio.CancelledError:
+                self._cancelled = True
+                tracking.hurry()
+        ending.result()
 
     async def _wait(self) -> None:
         while not self._over.is_set():
@@ -567,9 +592,13 @@ class Coordinator:
                 self._steps[node] = news.step
                 with self._guarded():
                     self.observer.progressed(news)
+                    if self._tracking is not None:
+                        self._tracking.progressed(news)
             case Evaluation():
                 with self._guarded():
                     self.observer.evaluated(news)
+                    if self._tracking is not None:
+                        self._tracking.evaluated(news)
                 self._apply(Evaluated(node, news.epoch, news.accuracy))
             case Pause():
                 self._apply(Paused(node, news.step, self._now()))
@@ -678,6 +707,8 @@ class Coordinator:
             self.observer.noted(f"job {self.job_id}: {self.load.banner(self.nodes)}")
         if phase is Phase.RUNNING:
             self._attend()
+        if phase is Phase.RUNNING and self._tracking is not None:
+            self._tracking.begin(self.job_id, self.nodes)
         if phase is Phase.RUNNING and self.machine.unsaved:
             self._note_unsaved()
         if phase in ENDS and self.estate is None:

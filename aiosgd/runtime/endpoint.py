@@ -98,7 +98,9 @@ def tls_cause(error: Exception) -> str:
     return str(reason).replace("_", " ").lower()
 
 
-async def listen(host: str, port: int, factory: Callable[[], Link]) -> asyncio.Server:
+async def listen(
+    host: str, port: int, factory: Callable[[], asyncio.BaseProtocol]
+) -> asyncio.Server:
     """Accept links, each made by `factory`; port 0 picks a free one.
 
     Raises:

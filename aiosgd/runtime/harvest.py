@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from aiosgd.codecs.base import Vector
 from aiosgd.errors import RemoteProtocolError
-from aiosgd.plugins.kinds import TRACKERS
-from aiosgd.plugins.registry import check_value, error_text, make_dataclass, make_params
+from aiosgd.plugins.registry import check_value, error_text, make_dataclass
+from aiosgd.plugins.trackers import Csv
 from aiosgd.runtime import results
 from aiosgd.runtime.job import node_name
 from aiosgd.runtime.learner import SKETCH, Sketch
@@ -79,6 +79,7 @@ class Outcome:
     Attributes:
         train, eval, consensus: the rows of train.csv, eval.csv and consensus.csv.
         parameters: name -> array, in the model's order; model.safetensors has the same.
+        tracker_errors: tracker -> what went wrong with it; the job is done all the same.
     """
 
     folder: Path
@@ -87,6 +88,7 @@ class Outcome:
     eval: np.recarray[Any, Any]
     consensus: np.recarray[Any, Any]
     parameters: dict[str, Vector]
+    tracker_errors: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -174,12 +176,14 @@ class Harvest:
         own = [part.sketches[: len(part.evaluations)] for part in self._in_order()]
         consensus = distances(evaluations.epoch, own)
         parameters: dict[str, Vector] = {}
+        csv = Csv(Csv.Params(), self._folder)
         try:
             with self._collecting_errors("the model"):
                 parameters = self._write_model()
-            for name in dict.fromkeys(self._load.job.trackers):
-                with self._collecting_errors(f"tracker {name!r}"):
-                    self._track(name, {"train": train, "eval": evaluations, "consensus": consensus})
+            tables = {"train": train, "eval": evaluations, "consensus": consensus}
+            for table, rows in tables.items():
+                with self._collecting_errors(f"{table}.csv"):
+                    csv.write(table, rows)
             for node, part in sorted(self.collected.items()):
                 with self._collecting_errors(f"the log of {node_name(node)}"):
                     log = part.log.decode(errors="replace")
@@ -205,7 +209,7 @@ class Harvest:
         """Note what could not be written, and go on: the rest is worth having."""
         try:
             yield
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - a tracker may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever is wrong, the rest is worth having
             text = f"{what} could not be written: {error_text(error)}"
             self.unwritten.append(text)
             self._log.error(text)
@@ -217,12 +221,6 @@ class Harvest:
             return {}
         results.write_model(self._folder, part.weights, shapes)
         return results.named_parameters(part.weights, shapes)
-
-    def _track(self, name: str, tables: Mapping[str, Any]) -> None:
-        kind = TRACKERS.load(name)
-        tracker = kind(make_params(kind, {}, "tracker"), self._folder)
-        for table, rows in tables.items():
-            tracker.write(table, rows)
 
     def _in_order(self) -> list[Collected]:
         return [

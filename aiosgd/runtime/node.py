@@ -30,6 +30,7 @@ from aiosgd.runtime.handshake import Answerer
 from aiosgd.runtime.hello import STRANGER, accept, greet, receive, refuse
 from aiosgd.runtime.job import SUBMITTER, Member, Order, Report, Seat, node_name
 from aiosgd.runtime.mesh import Mesh
+from aiosgd.runtime.metrics import Counts, Exposition, text_of
 from aiosgd.runtime.part import Part, Settings, check_request, checkpoints, first_error, store_file
 from aiosgd.runtime.probe import ROLE as PROBE
 from aiosgd.runtime.probe import Probes
@@ -73,6 +74,9 @@ class Node:
         self._parting: list[Part] = []
         self._pending: dict[Link, asyncio.TimerHandle] = {}  # in the order of their arrival
         self._leaderless = asyncio.Event()
+        self.counts = Counts()
+        self.metrics: Address | None = None  # where it tells them, once it listens
+        self._exposition = Exposition(functools.partial(text_of, self))
         self._unix = ""  # the name of the unix socket, which callers on this machine are told
 
     async def serve(self, started: Callable[[Address], None]) -> None:
@@ -85,6 +89,14 @@ class Node:
             ConfigError: the address cannot be listened on.
         """
         servers = await self._listen()
+        try:
+            if self.settings.metrics is not None:
+                self.metrics = await self._exposition.listen(self.settings.metrics)
+                logger.info("metrics on http://%s/metrics", self.metrics)
+        except ConfigError:
+            for server in servers:
+                server.close()
+            raise
         port = servers[-1].sockets[0].getsockname()[1]
         try:
             async with self._tasks:
@@ -94,6 +106,7 @@ class Node:
                 finally:
                     for server in servers:
                         server.close()
+                    self._exposition.close()
                     self._close_links("the node was stopped")
                     await asyncio.sleep(0)  # the links write in the next turn of the loop
         finally:
@@ -160,6 +173,7 @@ class Node:
                 await part.leave(reason, state)
             finally:
                 self._parting.remove(part)
+                self.counts.left(part, state)
 
     # what visitors ask for
 

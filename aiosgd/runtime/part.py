@@ -23,8 +23,9 @@ import threadpoolctl
 
 from aiosgd.errors import AiosgdError, ClusterError, ConfigError, PluginNotFoundError
 from aiosgd.plugins.datasets.base import sha256 as sha256_of
-from aiosgd.plugins.kinds import KINDS, TRACKERS
-from aiosgd.plugins.registry import describe, error_text, make_params
+from aiosgd.plugins.kinds import KINDS
+from aiosgd.plugins.registry import describe, error_text
+from aiosgd.plugins.trackers import Csv
 from aiosgd.runtime import archive, checkpoint, config, results, workload
 from aiosgd.runtime.archive import CHECKPOINTS, END
 from aiosgd.runtime.config import Address, JobConfig
@@ -56,6 +57,7 @@ class Settings:
     Attributes:
         security: what all its links are protected with.
         unix: whether links within this machine may go over unix sockets.
+        metrics: where `GET /metrics` is answered; None is nowhere.
         clock: the time in seconds, as `Place` takes it.
     """
 
@@ -66,6 +68,7 @@ class Settings:
     allow_code: bool = False
     security: Security = OPEN
     unix: bool = True
+    metrics: Address | None = None
     clock: Callable[[], float] = time.perf_counter
 
 
@@ -529,8 +532,7 @@ class Part:
             self._log.warning("this node's own copy of the run is not complete: %s", error)
 
     def _write_copy(self, session: Session) -> None:
-        tracker = TRACKERS.load("csv")
-        table = tracker(make_params(tracker, {}, "tracker"), self.folder)
+        table = Csv(Csv.Params(), self.folder)
         table.write("train", session.train.array())
         table.write("eval", session.evaluations.array())
         archive.write_sketches(self.folder, session.sketches)

@@ -250,6 +250,10 @@ class Rows:
         """Return a copy of the table, of shape (rows,)."""
         return np.frombuffer(bytearray(self._bytes), self.dtype).view(np.recarray)
 
+    def since(self, count: int) -> np.recarray[Any, Any]:
+        """Return a copy of the rows after the first `count`."""
+        return np.frombuffer(self._bytes[count * self._row.size :], self.dtype).view(np.recarray)
+
     def columns(self) -> dict[str, Array]:
         """Return the table as it goes over the wire: column name -> contiguous array."""
         table = np.frombuffer(bytes(self._bytes), self.dtype)

@@ -23,7 +23,9 @@ from aiosgd.runtime.config import Address, Cluster, JobConfig, from_dict
 from aiosgd.runtime.coordinator import write_code
 from aiosgd.runtime.harvest import LINE, End, Harvest, Outcome
 from aiosgd.runtime.job import node_name
+from aiosgd.runtime.results import read_job
 from aiosgd.runtime.security import Security
+from aiosgd.runtime.tracking import Tracking
 from aiosgd.runtime.visit import NOBODY, Status, Visitor, visiting
 from aiosgd.runtime.workload import Workload, file_codecs
 
@@ -427,13 +429,21 @@ async def fetch(
         note(f"{node_name(node)}: {reason}")
     if 0 not in copies.contents and source:
         note(f"the model is that of {node_name(source)}")
-    return await asyncio.to_thread(_write, output, fate, copies, source)
+    outcome = await asyncio.to_thread(_write, output, fate, copies, source)
+    for name, reason in outcome.tracker_errors.items():
+        note(f"tracker {name!r} {reason}")
+    return outcome
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that has results, of which nothing may be overwritten."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if names - BEGUN:
+    """Refuse a folder that has results, of which nothing may be overwritten.
+
+    What trackers left there that were told of a job's beginning is no result.
+    """
+    paths = list(folder.iterdir()) if folder.is_dir() else []
+    others = [path for path in paths if path.name not in BEGUN]
+    trackers = read_job(folder).tracker if others and (folder / "job.toml").exists() else ()
+    if any(not {path.name, path.stem, path.suffix[1:]} & {*trackers} for path in others):
         raise ConfigError(
             f"{folder} exists already; nothing is ever overwritten; --output FOLDER puts the "
             "results elsewhere"
@@ -512,6 +522,9 @@ def _write(output: Path, fate: Fate, copies: Copies, source: int) -> Outcome:
         reasons = _keep(harvest, fate, copies, log)
         outcome = harvest.write(fate.job_id, _end(fate, copies, reasons))
         _write_lead_logs(folder, copies)
+        tracking = Tracking(job, folder, log)
+        tracking.begin(fate.job_id, nodes, began=fate.began)
+        tracking.end(outcome)
         log.info("fetched from %s", ", ".join(map(node_name, sorted(copies.contents))))
     finally:
         handler.close()

@@ -311,7 +311,8 @@ def dataset_files(job: JobConfig, data_dir: Path) -> list[DataFile]:
 
 def plugins_of(job: JobConfig) -> list[Entry]:
     """Return the plugins that a job names: what nodes must have in the same version."""
-    names = {kind: getattr(job, kind) for kind in KINDS if hasattr(job, kind)}
+    kinds = KINDS.keys() - {"tracker"}  # which run where the job was submitted
+    names = {kind: getattr(job, kind) for kind in KINDS if kind in kinds and hasattr(job, kind)}
     links = [("compressor", link.name) for link in chain.parse(names.pop("compressor"))]
     chosen = [("codec", job.server_codec), *names.items(), *links]
     return [

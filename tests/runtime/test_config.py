@@ -475,8 +475,15 @@ def test_set_reaches_plain_keys_and_compute():
             "--set seed is 9223372036854775808; expected an integer of 64",
         ),
         (f"step_timeout=1{'0' * 400}", "--set step_timeout is 1000"),
-        ("trackers=csv", "--set trackers is 'csv'; expected a list"),
-        ('trackers=["csv", " "]', "--set trackers is ['csv', ' ']; expected names"),
+        ("tracker=1", "--set tracker is 1; expected a list"),
+        ('tracker=["csv", 1]', "--set tracker[1] is 1; expected a string"),
+        ('tracker=["csv", " "]', "--set tracker is ['csv', '']; expected names"),
+        ("trackers=csv", "--set trackers: no such key (did you mean 'tracker'?)"),
+        (
+            "tracker.project=x",
+            "--set tracker.project is 'x'; a tracker's parameter is tracker.NAME",
+        ),
+        ("tracker.mlflow.x=nan", "--set tracker.mlflow.x is nan; expected a number"),
     ],
 )
 def test_bad_set_is_refused(text, message):
@@ -561,16 +568,29 @@ def test_python_values_become_plain_ones():
         "target_accuracy": Fraction(1, 2),
         "output": Path("a/b"),
         "title": np.str_("t"),
-        "trackers": ["csv"],
+        "tracker": ["csv"],
         "codec_params": {"x": (1, np.int8(2)), "y": None},
     }
     job = make_job(flags)
     values = (job.learning_rate, job.epochs, job.target_accuracy, job.output, job.title)
     assert values == (0.5, 3, 0.5, "a/b", "t")
     assert [type(value) for value in values] == [float, int, float, str, str]
-    assert job.trackers == ("csv",)
+    assert job.tracker == ("csv",)
     assert job.codec_params == {"x": [1, 2]}
     assert {type(item) for item in job.codec_params["x"]} == {int}
+
+
+@pytest.mark.parametrize("given", ["jsonl,é", "jsonl, é,jsonl", ["jsonl", "é"], ("jsonl,é", "é")])
+def test_trackers_are_a_list_or_have_commas_between_them(given):
+    assert make_job({"tracker": given}).tracker == ("jsonl", "é")
+
+
+def test_each_tracker_has_parameters_of_its_own(cluster_file):
+    more = 'tracker = "jsonl"\n[job.tracker_params.jsonl]\nx = 1'
+    job = make_job({}, ("tracker.jsonl.y=2",), cluster_with(cluster_file, more))
+    assert (job.tracker, job.tracker_params) == (("jsonl",), {"jsonl": {"x": 1, "y": 2}})
+    others = make_job({"tracker": "mlflow"}, (), cluster_with(cluster_file, more))
+    assert (others.tracker, others.tracker_params) == (("mlflow",), {})
 
 
 def test_a_job_is_no_window_into_the_callers_values():
@@ -630,7 +650,8 @@ FULL = JobConfig(
     target_accuracy=0.5,
     checkpoint_every=7,
     title="t",
-    trackers=("csv", "é"),
+    tracker=("csv", "é"),
+    tracker_params={"é": {"x": 1, "y": {"z": [2.5]}}},
     codec_params={"a": [1, [2.5, "x"], {}], "b": {"c": True}, "inf": float("inf")},
     model_params={"hidden": (1, 2)},
     compute=Compute(policy="inline", threads=1, slow={"0": 2, "11": 1.5}),

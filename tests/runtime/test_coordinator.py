@@ -18,7 +18,7 @@ from aiosgd.errors import (
     PluginNotFoundError,
     RemoteProtocolError,
 )
-from aiosgd.plugins.trackers import Csv, Tracker
+from aiosgd.plugins.trackers import Csv
 from aiosgd.runtime import coordinator, harvest, results
 from aiosgd.runtime.config import Address, make_job
 from aiosgd.runtime.connection import Link
@@ -117,7 +117,7 @@ def test_each_copy_of_a_source_has_a_name_of_its_own():
 
 def test_trackers_are_looked_up_before_any_node_is_spoken_to(tmp_path):
     with pytest.raises(PluginNotFoundError, match="no tracker is named 'nonesuch'"):
-        load_job(make_job({"trackers": ("csv", "nonesuch")}), 1, tmp_path)
+        load_job(make_job({"tracker": ("csv", "nonesuch")}), 1, tmp_path)
 
 
 # What nodes say -------------------------------------------------------------------------------
@@ -370,25 +370,26 @@ async def test_an_observer_that_breaks_is_not_blamed_on_a_node(tmp_path, running
 # What cannot be written -----------------------------------------------------------------------
 
 
-class Faulty(Tracker):
-    def write(self, table, rows):
-        raise RuntimeError("disk of another world")
-
-
 async def test_what_cannot_be_written_fails_the_job_but_nothing_else(
     tmp_path, running, monkeypatch
 ):
-    trackers = {"faulty": Faulty, "csv": Csv}
-    monkeypatch.setattr(harvest.TRACKERS, "load", lambda name: trackers[name])
+    write = Csv.write
+
+    def fail(self, table, rows):
+        if table == "eval" and self.folder.parent.name == "runs":
+            raise RuntimeError("disk of another world")
+        write(self, table, rows)
+
     async with running() as (_, address):
-        asked = request(tmp_path, [address], max_steps=2, trackers=("faulty", "csv", "csv"))
-        with pytest.raises(JobFailedError, match=r"tracker 'faulty' could not .* another world"):
+        monkeypatch.setattr(Csv, "write", fail)
+        asked = request(tmp_path, [address], max_steps=2)
+        with pytest.raises(JobFailedError, match=r"eval.csv could not .* another world"):
             await run_job(asked, Silent())
     (folder,) = (tmp_path / "runs").iterdir()
     summary = results.read_summary(folder)
     assert (summary.state, summary.steps) == ("failed", 2)
     assert "disk of another world" in summary.error
-    assert "csv" not in summary.error
+    assert "train.csv" not in summary.error
     assert "disk of another world" in (folder / "submit.log").read_text()
     assert len(results.read_table(folder, "train")) == 2
     assert (folder / "model.safetensors").exists()

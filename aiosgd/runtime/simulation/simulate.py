@@ -27,9 +27,13 @@ from aiosgd.runtime.simulation.guard import guard, modules_of, unguarded
 from aiosgd.runtime.simulation.loop import run_virtually
 from aiosgd.runtime.simulation.trace import Trace
 from aiosgd.runtime.simulation.world import Ending, Scenario, World
+from aiosgd.runtime.tracking import Tracking
 from aiosgd.runtime.workload import Workload
 
 Cancel: TypeAlias = Callable[[], object]
+
+VIRTUAL = "virtual"
+"""The address of a simulated node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ class Simulation:
     keep_trace: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Simulated(Outcome):
     """A job that was simulated.
 
@@ -150,12 +154,15 @@ def simulate(
     def report(news: News) -> None:
         if isinstance(news, Progress):
             observer.progressed(news)
+            tracking.progressed(news)
         elif isinstance(news, Evaluation):
             observer.evaluated(news)
+            tracking.evaluated(news)
 
     job = simulation.load.job
     job_id, folder = results.new_folder(job, results.draw_job_id(job))
     log, handler = results.open_log(folder / "submit.log")
+    tracking = Tracking(job, folder, log, observer.noted)
     try:
         _write_job(folder, simulation, job_id)
         log.info("simulated on %s", simulation.scenario.network)
@@ -166,8 +173,10 @@ def simulate(
             observer.noted(text)
         observer.attended(range(simulation.workers), simulation.workers)
         observer.entered(Phase.RUNNING, job_id)
+        tracking.begin(job_id, dict.fromkeys(nodes, VIRTUAL), simulated=True)
         played = play(simulation, report, begun)
         outcome = _write(played, simulation, folder, job_id, log)
+        tracking.end(outcome)
         observer.entered(Phase(outcome.summary.state), job_id)
         return _judged(outcome, played, folder)
     finally:
@@ -222,7 +231,7 @@ def _write(
 ) -> Simulated:
     world, error = played.world, played.ending.error
     whole = played.ending.state == "done"
-    harvest = Harvest(folder, simulation.load, dict.fromkeys(world.sessions, "virtual"), log)
+    harvest = Harvest(folder, simulation.load, dict.fromkeys(world.sessions, VIRTUAL), log)
     harvest.lost = world.lost if whole else {}
     harvest.source = min(node for node in world.sessions if node >= 0 and node not in harvest.lost)
     for node in world.sessions.keys() - harvest.lost.keys():
