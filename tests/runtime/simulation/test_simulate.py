@@ -248,14 +248,9 @@ def test_cancelling_leaves_a_cancelled_run(runs):
     assert summary.steps > 0
 
 
-class Watch:
+class Watch(aio.Silent):
     def __init__(self, progressed):
         self.progressed = lambda _: progressed()
-
-    def entered(self, *_):
-        pass
-
-    evaluated = entered
 
 
 def test_target_accuracy_stops_all_workers_after_the_same_epoch(runs):
