@@ -15,6 +15,7 @@ from typing import Any
 
 from aiosgd.codecs.base import Codec
 from aiosgd.errors import ConfigError, JobFailedError
+from aiosgd.plugins.code import is_file
 from aiosgd.plugins.kinds import CODECS, LAUNCHERS
 from aiosgd.plugins.registry import check_value, make_params
 from aiosgd.runtime import survey
@@ -50,7 +51,7 @@ from aiosgd.runtime.simulation.simulate import simulate as simulate_job
 from aiosgd.runtime.simulation.world import Scenario
 from aiosgd.runtime.survey import Fate, Seen
 from aiosgd.runtime.toml_source import TomlSource
-from aiosgd.runtime.workload import file_codecs, is_file_codec, load_codecs, portable
+from aiosgd.runtime.workload import load_codecs, named_code, portable, with_code
 
 ATTEMPTS = 3
 """How often a job goes on from one and the same checkpoint."""
@@ -253,7 +254,7 @@ async def run(
             workers,
             servers,
             data_dir=data_dir,
-            allow_code=bool(file_codecs(job)),
+            allow_code=bool(named_code(job)),
             printed=observer.printed,
         )
         async with launched as nodes:
@@ -465,13 +466,12 @@ def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_kept_code(job: JobConfig, copies: Mapping[str, str], folder: Path) -> JobConfig:
     """Return the job with the run's copies in the place of source files that are gone."""
-    changes: dict[str, Any] = {}
-    for kind in ("codec", "server_codec"):
-        path, _, class_name = (getattr(job, kind) or "").rpartition(":")
-        copy = folder / copies.get(f"{path}:{class_name}", "")
-        if path and not Path(path).is_file() and copy.is_file():
-            changes[kind] = f"{copy}:{class_name}"
-    return dataclasses.replace(job, **changes)
+    kept: dict[str, str] = {}
+    for code, copy in copies.items():
+        path, _, name = code.rpartition(":")
+        if not Path(path).is_file() and (folder / copy).is_file():
+            kept[code] = f"{folder / copy}:{name}"
+    return with_code(job, kept)
 
 
 def _codec_name(codec: type, option: str) -> str:
@@ -486,7 +486,7 @@ def _codec_name(codec: type, option: str) -> str:
         if entry.target == f"{codec.__module__}:{codec.__qualname__}":
             return entry.name
     name = f"{_source_file(codec)}:{codec.__qualname__}"
-    if not is_file_codec(name) or "." in codec.__qualname__:
+    if not is_file(name) or "." in codec.__qualname__:
         raise ConfigError(
             f"{option} {codec.__qualname__} is not defined at the top of a file, where nodes "
             "could find it; put the class into a file or a package"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 Labels: TypeAlias = npt.NDArray[np.int64]
+Array: TypeAlias = npt.NDArray[Any]
 
 EVALUATION_ROWS = 1024
 """Samples per forward pass of `evaluate`: 128 units take 0.5 MiB then, whatever the data set's
@@ -23,6 +24,9 @@ size; chunks of 512 to 8192 measure within 5 % of each other."""
 
 class Model(ABC):
     """A differentiable classifier over one flat parameter vector.
+
+    A parameter `factory: Code` names code of the user's own, which a node runs for a job only if it
+    was started with --allow-code.
 
     Attributes:
         shapes: the parameters in the order of the flat vector, name -> shape.
@@ -83,6 +87,41 @@ class Model(ABC):
     @abstractmethod
     def evaluate(self, weights: Vector, x: Vector, y: Labels) -> tuple[float, float]:
         """Return (mean loss, accuracy) without training; arguments and errors as `gradients`."""
+
+    # what a model may have besides: randomness, a memory, threads of its own
+
+    def reseed(self, seed: Sequence[int]) -> None:
+        """Begin to draw anew: called before each block with what names it in all the world.
+
+        Two workers that compute the same block draw the same, and so does a simulation.
+
+        Args:
+            seed: non-negative numbers: the job's seed, the step, the block, ….
+        """
+
+    def for_worker(self) -> Model:
+        """Return the model that one worker computes with: itself, unless it has a state."""
+        return self
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """Copies of what it remembers besides the weights; each worker has its own.
+
+        It is not exchanged. Checkpoints keep it, and `model.safetensors` has it beside the weights.
+        """
+        return {}
+
+    @state.setter
+    def state(self, state: Mapping[str, Array]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} remembers nothing, but got {', '.join(state)}")
+
+    def limit_threads(self, threads: int) -> int:
+        """Compute with so many threads from now on; return how many there were.
+
+        Those of numpy's BLAS are not its concern.
+        """
+        return threads
 
 
 # Activations ----------------------------------------------------------------------------------

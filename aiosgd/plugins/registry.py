@@ -262,6 +262,8 @@ def check_value(value: Any, expected: Any, place: str) -> Any:
         return {k: check_value(v, args[1], f"{place}.{k}") for k, v in value.items()}
     if expected is Any:
         return value
+    if reader := getattr(expected, "from_value", None):  # a type that reads itself
+        return reader(value, place)
     if expected is float and type(value) is int:
         return float(value)
     if expected is type(None):
@@ -303,7 +305,7 @@ def type_name(annotation: Any) -> str:
         return " or ".join(map(repr, args))
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(arg) for arg in args if arg is not types.NoneType)
-    return getattr(annotation, "__name__", str(annotation))
+    return str(getattr(annotation, "read_as", getattr(annotation, "__name__", annotation)))
 
 
 def _plural(annotation: Any) -> str:

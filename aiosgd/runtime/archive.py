@@ -33,7 +33,7 @@ from aiosgd.runtime.config import to_dict
 from aiosgd.runtime.learner import SKETCH
 from aiosgd.runtime.results import EVAL, RECORD, TRAIN
 from aiosgd.runtime.toml_source import TomlSource
-from aiosgd.runtime.workload import Workload, file_codecs, plugins_of
+from aiosgd.runtime.workload import Workload, file_code, plugins_of
 
 END = "end.json"
 CHECKPOINTS = "checkpoints"
@@ -216,7 +216,7 @@ def read_copy(folder: Path, *, weights: bool) -> dict[str, Any]:
 
     Returns:
         What a node sends when a job is collected: `train`, `evaluations`, `sketches`, `figures`,
-        `log`, `record` and `weights`; None for what is not there. Beside that: `job`
+        `log`, `record`, `weights` and the model's `state`; None for what is not there. Beside that: `job`
         and `run`, the tables of job.toml; `sources`, the code; `shapes` of the weights; `lead_log`;
         `checkpoints`, their steps.
     """
@@ -230,6 +230,7 @@ def read_copy(folder: Path, *, weights: bool) -> dict[str, Any]:
         "log": _bytes(folder / "node.log"),
         "record": _readable(_record, folder),
         "weights": _readable(_weights, folder, shapes) if weights else None,
+        "state": _readable(_state, folder, shapes) if weights else None,
         "shapes": shapes,
         "lead_log": _bytes(folder / "lead.log"),
         "checkpoints": checkpoint.steps(folder / CHECKPOINTS),
@@ -279,12 +280,19 @@ def _weights(folder: Path, shapes: Sequence[Sequence[Any]]) -> Vector:
     return np.concatenate([np.empty(0, np.float32), *parts])
 
 
+def _state(folder: Path, shapes: Sequence[Sequence[Any]]) -> dict[str, Array]:
+    """Return what a model remembers besides the weights: all else that is in its file."""
+    weights = {name for name, _ in shapes}
+    named = results.read_parameters(folder)
+    return {name: array for name, array in named.items() if name not in weights}
+
+
 def _job(folder: Path) -> dict[str, Any]:
     job = results.read_job(folder)
     run = TomlSource(folder / "job.toml").table("run")
     if "job_id" not in run:  # an empty file would be a job of defaults alone
         raise ConfigError(f"{folder / 'job.toml'} has no [run] job_id")
-    sources = [[name, _bytes(folder / f"codec_{i}.py")] for i, name in enumerate(file_codecs(job))]
+    sources = [[name, _bytes(folder / f"codec_{i}.py")] for i, name in enumerate(file_code(job))]
     return {"job": to_dict(job), "run": dict(run), "sources": sources}
 
 
@@ -317,7 +325,7 @@ def write_job(
         job_id: the job.
         load: its plugins.
         nodes: node id -> address.
-        sources: name and text of each codec that came as a file.
+        sources: name and text of the code that came as files.
     """
     workers = sum(node >= 0 for node in nodes)
     job = dataclasses.replace(load.job, workers=workers, servers=len(nodes) - workers or None)

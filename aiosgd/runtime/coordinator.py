@@ -164,15 +164,15 @@ def choose_nodes(request: Request) -> dict[int, Address]:
 
 
 def file_sources(job: JobConfig) -> list[tuple[str, bytes]]:
-    """Return the sources of a job's FILE.py:CLASS codecs by the codec's name; reads a file once."""
-    names = workload.file_codecs(job)
+    """Return the sources of the code that a job names as FILE.py:NAME; reads a file once."""
+    names = workload.file_code(job)
     texts = {path: Path(path).read_bytes() for path in {_path_of(name) for name in names}}
     return [(name, texts[_path_of(name)]) for name in names]
 
 
 def code_files(job: JobConfig) -> dict[str, str]:
-    """Return, for each FILE.py:CLASS codec, what the copy of its file in `code/` is called."""
-    names, copies = workload.file_codecs(job), dict[str, str]()
+    """Return, for each FILE.py:NAME of a job, what the copy of its file in `code/` is called."""
+    names, copies = workload.file_code(job), dict[str, str]()
     for i, path in enumerate(dict.fromkeys(map(_path_of, names))):
         base = Path(path).name
         copies[path] = f"{i}-{base}" if base in copies.values() else base
@@ -180,7 +180,7 @@ def code_files(job: JobConfig) -> dict[str, str]:
 
 
 def write_code(folder: Path, job: JobConfig, sources: Sequence[tuple[str, bytes]]) -> None:
-    """Write the sources of a job's FILE.py:CLASS codecs into the run folder's `code/`."""
+    """Write the sources of a job's own code into the run folder's `code/`."""
     copies, code = code_files(job), folder / "code"
     try:
         for name, text in sources:
@@ -802,7 +802,7 @@ class Coordinator:
     def _question(self, node: int) -> dict[str, Any]:
         return {
             "node": node,
-            "sources": [name for name, _ in self.sources],
+            "sources": workload.named_code(self.request.job),
             "plugins": self._plugins,
             "files": self._files(),
             "resume": "" if self._incarnations[node] else self.request.job.resume,

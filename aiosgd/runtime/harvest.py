@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from aiosgd.codecs.base import Vector
+from aiosgd.codecs.base import Array, Vector
 from aiosgd.errors import RemoteProtocolError
 from aiosgd.plugins.registry import check_value, error_text, make_dataclass
 from aiosgd.plugins.trackers import Csv
@@ -70,6 +70,7 @@ class Collected:
     sketches: Sketch
     figures: Figures | None
     record: Rows | None
+    state: Mapping[str, Array]
 
 
 @dataclass
@@ -78,7 +79,8 @@ class Outcome:
 
     Attributes:
         train, eval, consensus: the rows of train.csv, eval.csv and consensus.csv.
-        parameters: name -> array, in the model's order; model.safetensors has the same.
+        parameters: name -> array, in the model's order, and then what else the model remembers;
+            model.safetensors has the same.
         tracker_errors: tracker -> what went wrong with it; the job is done all the same.
     """
 
@@ -219,8 +221,8 @@ class Harvest:
         part, shapes = self.collected.get(self.source), self._load.model.shapes
         if part is None or part.weights is None:
             return {}
-        results.write_model(self._folder, part.weights, shapes)
-        return results.named_parameters(part.weights, shapes)
+        results.write_model(self._folder, part.weights, shapes, part.state)
+        return {**results.named_parameters(part.weights, shapes), **part.state}
 
     def _in_order(self) -> list[Collected]:
         return [
@@ -312,6 +314,7 @@ def _unpack(node: int, content: Mapping[str, Any], size: int) -> Collected:
         _sketches(content.get("sketches")),
         _figures(content.get("figures")),
         _record(content.get("record")),
+        _state(content.get("state")),
     )
 
 
@@ -328,6 +331,16 @@ def _record(columns: Any) -> Rows | None:
 
 def _weights(value: Any, size: int) -> Vector | None:
     return None if value is None else _array(value, "weights", np.float32, size)
+
+
+def _state(value: Any) -> dict[str, Array]:
+    if value is None:
+        return {}
+    state: dict[str, Array] = check_value(value, dict[str, Any], "state")
+    for name, array in state.items():
+        if not (type(name) is str and isinstance(array, np.ndarray) and array.dtype.kind in "biuf"):
+            raise RemoteProtocolError(f"state.{name!s:.80} is no array of numbers")
+    return state
 
 
 def _sketches(value: Any) -> Sketch:

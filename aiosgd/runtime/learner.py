@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from aiosgd.codecs.base import Exchange, Vector
+from aiosgd.codecs.base import Array, Exchange, Vector
 from aiosgd.errors import JobFailedError
 from aiosgd.plugins.optimizers import Optimizer
 from aiosgd.runtime import finite
@@ -127,6 +127,7 @@ class Learner:
         self._memory = memory
         self.sampler = sampler or Sampler(workload)
         self._load = workload
+        self._model = workload.model.for_worker()
         self._shapes = {name: shape for group in workload.groups for name, shape in group.items()}
         self._optimizer = workload.make_optimizer()
         # updates and weights are made locally: then each block has an optimizer of its own, so
@@ -138,6 +139,11 @@ class Learner:
     def holds_result(self) -> bool:
         """Whether a result waits to be applied."""
         return self._held is not None
+
+    @property
+    def model_state(self) -> dict[str, Array]:
+        """What the model remembers besides the weights, copied."""
+        return self._model.state
 
     @property
     def may_skip(self) -> bool:
@@ -191,6 +197,7 @@ class Learner:
     def snapshot(self) -> dict[str, Any]:
         """Return what a checkpoint has to keep of it, but for the weights; nothing may be held."""
         return {
+            "model": self._model.state,
             "optimizer": self._optimizer.state,
             "block_optimizers": {b: one.state for b, one in self._block_optimizers.items()},
         }
@@ -202,6 +209,7 @@ class Learner:
             KeyError, ValueError: it is of another model or optimizer.
         """
         self.weights[:] = weights
+        self._model.state = snapshot.get("model", {})
         _refill(self._optimizer, snapshot["optimizer"])
         for block, state in snapshot["block_optimizers"].items():
             self._block_optimizers[block] = self._load.make_optimizer()
@@ -212,14 +220,15 @@ class Learner:
         data = self._load.data
         if not len(data.test_y):
             return np.nan, np.nan
-        return self._load.model.evaluate(self.weights, data.test_x, data.test_y)
+        return self._model.evaluate(self.weights, data.test_x, data.test_y)
 
     def _compute(self, step: int, block: int) -> tuple[Vector, float, float, int]:
         data = self._load.data
         indices = self.sampler.indices(step, block)
         x, y = data.train_x[indices], data.train_y[indices]
         gradient = self._empty()
-        loss, accuracy = self._load.model.gradients(self.weights, x, y, gradient)
+        self._model.reseed([self._load.job.seed, 4, step, block])
+        loss, accuracy = self._model.gradients(self.weights, x, y, gradient)
         return gradient, loss, accuracy, len(y)
 
     def _checked(self, gradient: Vector, step: int, block: int) -> tuple[Vector, str]:

@@ -41,7 +41,7 @@ from aiosgd.runtime.record import Recorder
 from aiosgd.runtime.security import OPEN, Security
 from aiosgd.runtime.session import Evaluation, News, Place, Progress, Session
 from aiosgd.runtime.watchdog import Watchdog
-from aiosgd.runtime.workload import Workload, file_codecs, group_size
+from aiosgd.runtime.workload import Workload, file_code, group_size, named_code
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # bytes that a message may have however small the model is
@@ -112,6 +112,7 @@ class Part:
     _run: asyncio.Task[None] | None = None
     _joined: asyncio.Event = field(default_factory=asyncio.Event)
     _blas: Any = None
+    _former_threads: int = 0
     _recorder: Recorder | None = None
     _load: Workload | None = None
     _over: bool = False
@@ -160,6 +161,7 @@ class Part:
         self._load = load
         await asyncio.to_thread(self._keep_job, load, sources)
         threads = self._limit_blas()
+        self._former_threads = load.model.limit_threads(threads)
         self._recorder = Recorder(threads) if self.job.record else None
         slow = self.job.compute.slow.get(str(self.node), 1.0)
         self._executor = Executor(self.job.compute.policy, slow, self._log.info)
@@ -420,6 +422,8 @@ class Part:
             self._executor.close()
         if self._blas is not None:
             self._blas.restore_original_limits()
+        if self._load is not None and self._former_threads:
+            self._load.model.limit_threads(self._former_threads)
         with contextlib.suppress(OSError):  # a full disk
             self._handler.close()
 
@@ -539,7 +543,8 @@ class Part:
         if self._recorder is not None:
             results.write_record(self.folder, self._recorder.rows)
         if session.weights is not None:
-            results.write_model(self.folder, session.weights, session.shapes)
+            state = session.model_state
+            results.write_model(self.folder, session.weights, session.shapes, state)
 
     def log_bytes(self) -> bytes:
         """Return the node's log of this job so far."""
@@ -613,24 +618,24 @@ def check_files(paths: Mapping[str, Path]) -> None:
 
 
 def check_code(job: JobConfig, sources: Sequence[Sequence[Any]], settings: Settings) -> None:
-    """Check that a job brings code only where it may, and just the code that it names.
+    """Check that a job names and brings code only where it may, and just the code that it names.
 
     Raises:
         ClusterError: the node does not take code.
-        ConfigError: a codec is a file that the job does not bring, or the other way round.
+        ConfigError: a file is named that the job does not bring, or the other way round.
     """
-    files = set(file_codecs(job))
+    files = set(file_code(job))
     brought = {str(name) for name, _ in sources}
-    if (files or brought) and not settings.allow_code:
-        _refuse_code(files | brought)
+    if (found := brought.union(named_code(job))) and not settings.allow_code:
+        _refuse_code(sorted(found))
     if files != brought:
         raise ConfigError(f"the job names the files {sorted(files)}, but brings {sorted(brought)}")
 
 
 def _refuse_code(names: Iterable[object]) -> NoReturn:
     raise ClusterError(
-        f"codec {', '.join(map(str, names))} comes as source code, which this node does not take; "
-        "start it with --allow-code, or install the codec as a plugin"
+        f"{', '.join(map(str, names))} is the job's own code, which this node does not take; "
+        "start it with --allow-code, or install the code as a plugin"
     )
 
 

@@ -551,18 +551,23 @@ def named_parameters(vector: Vector, shapes: Mapping[str, tuple[int, ...]]) -> d
     return {name: part.reshape(shape) for (name, shape), part in named}
 
 
-def write_model(folder: Path, vector: Vector, shapes: Mapping[str, tuple[int, ...]]) -> Path:
-    """Write `model.safetensors`: the parameters in a model's flat vector.
+def write_model(
+    folder: Path,
+    vector: Vector,
+    shapes: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, Array] | None = None,
+) -> Path:
+    """Write `model.safetensors`: the parameters in a model's flat vector, and its state.
 
     Raises:
         RemoteProtocolError: as `named_parameters`.
     """
-    named = named_parameters(vector, shapes)
+    named = {**(state or {}), **named_parameters(vector, shapes)}
     return _write(folder / "model.safetensors", safetensors.numpy.save(named))
 
 
 def read_parameters(folder: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """Read `model.safetensors` of a run: parameter name -> array.
+    """Read `model.safetensors` of a run, parameters and state: name -> array.
 
     Raises:
         ConfigError: the file is missing or damaged.

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from aiosgd.codecs.base import Block, Message, Vector
+from aiosgd.codecs.base import Array, Block, Message, Vector
 from aiosgd.errors import ConfigError, JobFailedError, RemoteProtocolError
 from aiosgd.plugins.registry import describe
 from aiosgd.runtime.actor import Actor, Joined, Left
@@ -248,6 +248,11 @@ class Session:
     def _kept(self, actor: Actor) -> Vector | None:
         """Return a server's weights of a tensor group, if it is the one responsible for it."""
         return actor.codec.weights() if actor.ctx.server == self.place.node else None
+
+    @property
+    def model_state(self) -> dict[str, Array]:
+        """What a worker's model remembers besides the weights."""
+        return self._learner.model_state if self._learner is not None else {}
 
     @property
     def actors(self) -> Sequence[Actor]:
@@ -691,6 +696,7 @@ class Session:
             "evaluations": self.evaluations.columns(),
             "sketches": np.array(self.sketches).reshape(-1, SKETCH),
             "weights": self.weights if weights else None,
+            "state": self.model_state if weights else None,
             "figures": self.figures(),
         }
 

@@ -27,7 +27,7 @@ from aiosgd.runtime.results import read_job
 from aiosgd.runtime.security import Security
 from aiosgd.runtime.tracking import Tracking
 from aiosgd.runtime.visit import NOBODY, Status, Visitor, visiting
-from aiosgd.runtime.workload import Workload, file_codecs
+from aiosgd.runtime.workload import Workload, file_code
 
 # seconds between two looks at a log, or at a job that is about to end
 LOOK = 0.2
@@ -559,7 +559,7 @@ def _sources(job: JobConfig, copies: Copies) -> list[tuple[str, bytes]]:
             match pair:
                 case [str(name), text] if (octets := archive.as_octets(text)) is not None:
                     found.setdefault(name, octets)
-    return [(name, found[name]) for name in file_codecs(job) if name in found]
+    return [(name, found[name]) for name in file_code(job) if name in found]
 
 
 def _keep(harvest: Harvest, fate: Fate, copies: Copies, log: logging.Logger) -> list[str]:

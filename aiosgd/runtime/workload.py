@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import CodeType, ModuleType
 from typing import Any, get_args
 
 import numpy as np
@@ -20,6 +15,7 @@ import numpy.typing as npt
 
 from aiosgd.codecs.base import Codec, Context, Exchange, Mode, Role, Vector
 from aiosgd.errors import CodecError, ConfigError, PluginLoadError
+from aiosgd.plugins.code import Code, is_file
 from aiosgd.plugins.compressors import chain
 from aiosgd.plugins.compressors.base import Compressor
 from aiosgd.plugins.datasets import Data, DataFile, Dataset
@@ -41,6 +37,9 @@ from aiosgd.plugins.topologies import Graph, Topology
 from aiosgd.runtime.config import JobConfig
 
 Group = Mapping[str, tuple[int, ...]]
+
+FACTORY = "factory"
+"""The parameter that names code, of models and data sets: of those, a model's is run on nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,85 +227,79 @@ def load_codecs(job: JobConfig, sources: Mapping[str, Path] | None = None) -> Co
 
     Args:
         job: the job.
-        sources: where the file of a FILE.py:CLASS codec is on this machine, if not at its name.
+        sources: where the job's own code is on this machine, if not at its name.
     """
     codec = _load_codec(job.codec, sources)
     server = _load_codec(job.server_codec, sources) if job.server_codec else codec.server
     return Codecs(codec=codec, server_codec=server)
 
 
-def is_file_codec(name: str) -> bool:
-    """Tell whether a codec is given as FILE.py:CLASS."""
-    return ".py:" in name
+def named_code(job: JobConfig) -> list[str]:
+    """Return the code of the user's own that nodes run for a job, each once.
+
+    That is a codec given as FILE.py:CLASS, and whatever a model's parameter `factory` names.
+    """
+    codecs = [name for name in (job.codec, job.server_codec) if name and is_file(name)]
+    factories = [str(job.model_params[FACTORY])] if FACTORY in job.model_params else []
+    return list(dict.fromkeys([*codecs, *factories]))
 
 
-def file_codecs(job: JobConfig) -> list[str]:
-    """Return the job's codecs that are given as FILE.py:CLASS, each once."""
-    names = (name for name in (job.codec, job.server_codec) if name)
-    return [name for name in dict.fromkeys(names) if is_file_codec(name)]
+def file_code(job: JobConfig) -> list[str]:
+    """Return, of a job's own code, what is given as a file: its source travels with the job."""
+    return [name for name in named_code(job) if is_file(name)]
+
+
+def with_code(job: JobConfig, names: Mapping[str, str]) -> JobConfig:
+    """Return a job whose own code has other names.
+
+    Args:
+        job: the job.
+        names: what it names -> what to put in its place; others stay.
+    """
+    params = dict(job.model_params)
+    if FACTORY in params:
+        params[FACTORY] = names.get(str(params[FACTORY]), params[FACTORY])
+    return dataclasses.replace(
+        job,
+        codec=names.get(job.codec, job.codec),
+        server_codec=names.get(job.server_codec or "", job.server_codec),
+        model_params=params,
+    )
 
 
 def _load_codec(name: str, sources: Mapping[str, Path] | None) -> type[Codec]:
     if name.endswith(".py"):
         raise ConfigError(f"codec {name!r} names no class; expected FILE.py:CLASS")
-    if not is_file_codec(name):
+    if not is_file(name):
         return CODECS.load(name)
-    file, _, class_name = name.rpartition(":")
-    path = (sources or {}).get(name, Path(file))
-    if not path.is_file():
-        raise ConfigError(f"codec {name!r}: there is no file {file}")
-    return CODECS.check(_class_from_file(path, class_name, name), f"codec {name!r}")
+    code = Code(name).allowed((sources or {}).get(name))
+    return CODECS.check(code.load("codec"), f"codec {name!r}")
 
 
-class _Source(SourceFileLoader):
-    """Reads a module from its source, never from a cache: that overlooks a change of a second.
+def _own_code(params: Any, sources: Mapping[str, Path] | None = None) -> Any:
+    """Return a plugin's parameters with leave to run the code that they name."""
+    code = getattr(params, FACTORY, None)
+    if not isinstance(code, Code):
+        return params
+    return dataclasses.replace(params, factory=code.allowed((sources or {}).get(code.text)))
 
-    Tracebacks name the file as the user named it, wherever this machine keeps its copy.
+
+def make_dataset(job: JobConfig, data_dir: Path, *, own: bool = False) -> Dataset:
+    """Return the job's data set, not loaded yet.
+
+    Args:
+        job: the job.
+        data_dir: this machine's folder for data.
+        own: whether the job is of this machine's user, so that code which it names may be run.
     """
-
-    named = ""
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.named)
-
-
-def _class_from_file(path: Path, class_name: str, name: str) -> object:
-    try:
-        module = _import(path, name.rpartition(":")[0])
-    except (Exception, SystemExit) as error:
-        raise PluginLoadError(f"codec {name!r} cannot be loaded: {describe(error)}") from error
-    if not hasattr(module, class_name):
-        raise PluginLoadError(f"codec {name!r}: {path.name} has no class {class_name!r}")
-    return getattr(module, class_name)
-
-
-def _import(path: Path, named: str) -> ModuleType:
-    # dataclasses and annotations look their module up by its name: one name for each content
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    full_name = f"aiosgd_codec_{path.stem}_{digest}"
-    loader = _Source(full_name, str(path))
-    loader.named = named
-    spec = spec_from_loader(full_name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    sys.modules[full_name] = module
-    try:
-        loader.exec_module(module)
-    except BaseException:
-        del sys.modules[full_name]
-        raise
-    return module
-
-
-def make_dataset(job: JobConfig, data_dir: Path) -> Dataset:
-    """Return the job's data set, not loaded yet."""
     kind = DATASETS.load(job.dataset)
-    return kind(make_params(kind, job.dataset_params, "dataset"), data_dir)
+    params = make_params(kind, job.dataset_params, "dataset")
+    return kind(_own_code(params) if own else params, data_dir)
 
 
 def dataset_files(job: JobConfig, data_dir: Path) -> list[DataFile]:
-    """Return the files that the job's data set needs, as this machine has them."""
-    return make_dataset(job, data_dir).files()
+    """Return the files that the job's data set needs, as the submitter's machine has them."""
+    return make_dataset(job, data_dir, own=True).files()
 
 
 def plugins_of(job: JobConfig) -> list[Entry]:
@@ -318,7 +311,7 @@ def plugins_of(job: JobConfig) -> list[Entry]:
     return [
         KINDS[kind].entry(name)
         for kind, name in chosen
-        if name is not None and not is_file_codec(name)
+        if name is not None and not is_file(name)
     ]
 
 
@@ -352,9 +345,8 @@ def load(
     optimizer = OPTIMIZERS.load(job.optimizer)
     data = _load_data(job, data_dir, paths)
     model_class = MODELS.load(job.model)
-    model = model_class(
-        make_params(model_class, job.model_params, "model"), data.inputs, data.classes
-    )
+    model_params = make_params(model_class, job.model_params, "model")
+    model = model_class(_own_code(model_params, sources), data.inputs, data.classes)
     _check_target(job, data)
     owners = _owners(job, workers)
     per_epoch = _steps_per_epoch(job, len(owners), len(data.train_y))
@@ -380,7 +372,7 @@ def load(
 
 
 def _load_data(job: JobConfig, data_dir: Path, paths: Mapping[str, Path] | None) -> Data:
-    dataset = make_dataset(job, data_dir)
+    dataset = make_dataset(job, data_dir, own=paths is None)
     if paths is None:
         return dataset.load({file.name: file.path for file in dataset.files()})
     return dataset.load(_Brought(paths))

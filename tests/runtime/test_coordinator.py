@@ -523,7 +523,7 @@ async def test_one_refusal_frees_the_nodes_that_agreed(tmp_path, running):
     )
     codec = f"{tmp_path}/mine.py:Mine"
     async with running(allow_code=True) as (willing, first), running() as (_, second):
-        with pytest.raises(ClusterError, match=r"worker 1: codec .* --allow-code.*; logs in "):
+        with pytest.raises(ClusterError, match=r"worker 1: .*own code.* --allow-code.*; logs in "):
             await run_job(request(tmp_path, [first, second], codec=codec), Silent())
         assert willing.member.seat is Seat.FREE
         outcome = await run_job(request(tmp_path, [first], codec=codec, max_steps=1), Silent())

@@ -331,7 +331,7 @@ async def test_a_node_that_is_stopped_tells_its_submitter(running):
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"sources": ["my.py:My"]}, "codec my.py:My comes as source code"),
+        ({"sources": ["my.py:My"]}, "my.py:My is the job's own code"),
         ({"plugins": [["codec", "plain", "aiosgd", "0.0"]]}, "from aiosgd 0.0 at the submitter"),
         ({"plugins": [["codec", "plian", "x", "1"]]}, "no codec is named 'plian'"),
         ({"plugins": [["soup", "plain", "x", "1"]]}, "KeyError: 'soup'"),

@@ -79,7 +79,7 @@ def test_a_damaged_file_is_removed_before_it_is_used(tmp_path):
 
 
 def test_source_code_needs_a_node_that_takes_it(settings):
-    with pytest.raises(ClusterError, match=r"my\.py:My comes as source code.*--allow-code"):
+    with pytest.raises(ClusterError, match=r"my\.py:My is the job's own code.*--allow-code"):
         check_request(request(sources=["my.py:My"]), settings)
     willing = Settings(run_dir=settings.run_dir, data_dir=settings.data_dir, allow_code=True)
     assert check_request(request(sources=["my.py:My"]), willing) == []

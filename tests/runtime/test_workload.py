@@ -11,6 +11,7 @@ from aiosgd.codecs.fedavg import FedAvg, FedAvgServer
 from aiosgd.codecs.parameter_server import ParameterServer, Server
 from aiosgd.codecs.plain import Plain
 from aiosgd.errors import CodecError, ConfigError, PluginLoadError, PluginNotFoundError
+from aiosgd.plugins.code import is_file
 from aiosgd.plugins.datasets import Data, Synthetic
 from aiosgd.plugins.registry import make_params
 from aiosgd.plugins.topologies import Regular
@@ -489,8 +490,8 @@ def test_a_codec_comes_from_a_file(write):
     assert load.codec.__name__ == "Mine"
     assert load.codec_params.turn == 5
     assert load.server_codec is None
-    assert workload.is_file_codec(f"{path}:Mine")
-    assert not workload.is_file_codec("plain")
+    assert is_file(f"{path}:Mine")
+    assert not is_file("plain")
 
 
 def test_a_server_half_comes_from_a_file(write):
@@ -562,7 +563,7 @@ def test_a_missing_file_or_class_is_refused(write, tmp_path):
     assert (
         str(caught.value) == f"codec '{tmp_path}/none.py:Mine': there is no file {tmp_path}/none.py"
     )
-    with pytest.raises(PluginLoadError, match=r"': codec\.py has no class 'Nine'"):
+    with pytest.raises(PluginLoadError, match=r"': codec\.py has no 'Nine'"):
         load_file(f"{path}:Nine")
     with pytest.raises(PluginLoadError, match="is 'no class'; expected a subclass of aiosgd"):
         load_file(f"{path}:text")

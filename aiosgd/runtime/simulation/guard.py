@@ -62,7 +62,9 @@ _NUMPY = {*_global_methods(np.random, np.random.rand), "seed", "ranf", "sample"}
 
 # These modules of the standard library draw for who calls them.
 _DRAWERS = frozenset({"random", "secrets", "uuid"})
-_EXEMPT = ("numpy", "aiosgd.runtime", "aiosgd.plugins")
+# They time what they compile; what they draw, models seed.
+_COMPUTE = ("numpy", "torch", "jax", "jaxlib")
+_EXEMPT = (*_COMPUTE, "aiosgd.runtime", "aiosgd.plugins")
 # It calls what it is given: ctx.run(time.sleep, 1) comes from there.
 _SIMULATION = "aiosgd.runtime.simulation"
 _IMPORT = "importlib"

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import threadpoolctl
 
 from aiosgd.errors import JobFailedError
+from aiosgd.plugins.models import Model
 from aiosgd.runtime.actor import Item, Mailbox, Rescue
 from aiosgd.runtime.frame import encode
 from aiosgd.runtime.job import node_name
@@ -42,9 +43,15 @@ class ReplayError(JobFailedError):
 
 
 class Blas:
-    """The number of BLAS threads of this process, which stands in for all nodes."""
+    """The number of threads that this process computes with, which stands in for all nodes.
 
-    def __init__(self) -> None:
+    Args:
+        model: what may have threads of its own.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._model_before = 0
         self._controller = threadpoolctl.ThreadpoolController()
         self._before = self._controller.limit(limits=None, user_api="blas")
         self._threads = 0
@@ -52,11 +59,15 @@ class Blas:
     def restore(self) -> None:
         """Compute with as many threads as before."""
         self._before.restore_original_limits()
+        if self._model_before:
+            self._model.limit_threads(self._model_before)
 
     def use(self, threads: int) -> None:
         """Compute with as many threads as the node had whose turn it is; sums depend on them."""
         if threads != self._threads:
             self._controller.limit(limits=threads, user_api="blas")
+            before = self._model.limit_threads(threads)
+            self._model_before = self._model_before or before
             self._threads = threads
 
 

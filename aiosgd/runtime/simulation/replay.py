@@ -105,11 +105,7 @@ def _read_job(folder: Path) -> JobConfig:
         name: f"{folder / 'code' / copy}:{name.rpartition(':')[2]}"
         for name, copy in code_files(job).items()
     }
-    return dataclasses.replace(
-        job,
-        codec=kept.get(job.codec, job.codec),
-        server_codec=kept.get(job.server_codec or "", job.server_codec),
-    )
+    return workload.with_code(job, kept)
 
 
 @dataclasses.dataclass
@@ -145,7 +141,7 @@ class Stage:
             CodecError, …: what ended the run.
             JobCancelledError: the debugger was quit.
         """
-        blas = Blas()
+        blas = Blas(self.load.model)
         try:
             run_virtually(self._main(blas), seconds=LIMIT_S)
         except (DeadlockError, LimitError) as error:
@@ -253,9 +249,10 @@ class Stage:
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters that worker 0 ends with."""
-        weights = self.sessions[0].weights
-        assert weights is not None
-        return results.named_parameters(weights, self.load.model.shapes)
+        session = self.sessions[0]
+        assert session.weights is not None
+        named = results.named_parameters(session.weights, self.load.model.shapes)
+        return {**named, **session.model_state}
 
 
 async def _outcome(future: asyncio.Future[None]) -> None:

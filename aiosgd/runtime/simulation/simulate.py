@@ -17,6 +17,7 @@ import numpy as np
 import threadpoolctl
 
 from aiosgd.errors import JobCancelledError, JobFailedError
+from aiosgd.plugins.models import Model
 from aiosgd.runtime import results
 from aiosgd.runtime.config import JobConfig
 from aiosgd.runtime.coordinator import Observer
@@ -114,22 +115,24 @@ def play(
 
     load = simulation.load
     plugins = load.codec, load.server_codec, load.optimizer, type(load.model)
-    with _undisturbed(), guard(modules_of(*plugins)):
+    with _undisturbed(load.model), guard(modules_of(*plugins)):
         world, ending = run_virtually(main(), seconds=simulation.seconds)
     return Played(world, ending, trace, time.perf_counter() - started)
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _undisturbed(model: Model) -> Iterator[None]:
     """Compute in one thread, for more of them change sums; collect no garbage meanwhile."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
     gc.disable()
+    threads = model.limit_threads(1)
     try:
         with threadpoolctl.threadpool_limits(1, user_api="blas"):
             yield
     finally:
+        model.limit_threads(threads)
         gc.unfreeze()
         if was_enabled:
             gc.enable()
