@@ -89,7 +89,7 @@ class Code:
 
 def _hint(error: BaseException, module: str) -> str:
     """Return what to do about a module that is not there."""
-    missing = isinstance(error, ModuleNotFoundError) and module.split(".")[0] == error.name
+    missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
     return "; install it, add its folder to PYTHONPATH, or give FILE.py:NAME" if missing else ""
 
 

@@ -262,12 +262,14 @@ def check_value(value: Any, expected: Any, place: str) -> Any:
         return {k: check_value(v, args[1], f"{place}.{k}") for k, v in value.items()}
     if expected is Any:
         return value
+    return _check_plain(value, types.NoneType if expected is type(None) else expected, place)
+
+
+def _check_plain(value: Any, expected: Any, place: str) -> Any:
     if reader := getattr(expected, "from_value", None):  # a type that reads itself
         return reader(value, place)
     if expected is float and type(value) is int:
         return float(value)
-    if expected is type(None):
-        expected = types.NoneType
     if type(value) is not expected:
         raise ConfigError(f"{place} is {value!r}; expected {type_name(expected)}")
     return value

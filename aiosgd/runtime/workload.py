@@ -309,9 +309,7 @@ def plugins_of(job: JobConfig) -> list[Entry]:
     links = [("compressor", link.name) for link in chain.parse(names.pop("compressor"))]
     chosen = [("codec", job.server_codec), *names.items(), *links]
     return [
-        KINDS[kind].entry(name)
-        for kind, name in chosen
-        if name is not None and not is_file(name)
+        KINDS[kind].entry(name) for kind, name in chosen if name is not None and not is_file(name)
     ]
 
 

@@ -8,7 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -144,7 +144,7 @@ class TorchModel(Model):
         PluginLoadError: `module` failed.
     """
 
-    Params: type = TorchParams
+    Params: ClassVar[type] = TorchParams
 
     def __init__(self, params: Any, inputs: tuple[int, ...], classes: int) -> None:
         self._torch = load_torch(f"the model {type(self).__name__!r}")
