@@ -15,18 +15,19 @@ LAYERS = [
     "aiosgd.plugins.registry aiosgd.codecs.base aiosgd.runtime.frame aiosgd.runtime.job",
     (
         "aiosgd.runtime.toml_source aiosgd.runtime.connection aiosgd.runtime.executor "
-        "aiosgd.runtime.pool aiosgd.runtime.security aiosgd.runtime.handshake "
+        "aiosgd.runtime.pool aiosgd.runtime.security aiosgd.runtime.handshake aiosgd.plugins.code "
         "aiosgd.codecs.fedavg aiosgd.codecs.parameter_server aiosgd.codecs.plain aiosgd.codecs.gossip"
     ),
     "aiosgd.runtime.config aiosgd.codecs.* aiosgd.plugins.* aiosgd.legacy aiosgd.runtime.endpoint",
     (
         "aiosgd.plugins.kinds aiosgd.runtime.results aiosgd.runtime.hello aiosgd.runtime.mesh "
-        "aiosgd.runtime.finite "
+        "aiosgd.runtime.finite aiosgd.plugins.torch aiosgd.plugins.jax "
+        "aiosgd.plugins.torch.model aiosgd.plugins.torch.dataset "
         "aiosgd.codecs.quantised"
     ),
     (
         "aiosgd.runtime.workload aiosgd.runtime.actor aiosgd.runtime.probe aiosgd.catalogue "
-        "aiosgd.runtime.checkpoint"
+        "aiosgd.runtime.checkpoint aiosgd.ddp"
     ),
     "aiosgd.runtime.learner aiosgd.runtime.record aiosgd.runtime.watchdog aiosgd.runtime.tracking",
     "aiosgd.runtime.archive",
@@ -91,6 +92,8 @@ DOORS = {
     "zstandard": {"aiosgd.plugins.compressors.lossless"},
     "tomli_w": {"aiosgd.runtime.results"},
     **{name: {f"aiosgd.plugins.trackers.{name}"} for name in ("tensorboard", "mlflow", "wandb")},
+    "torch": {"aiosgd.plugins.torch", "aiosgd.ddp", "aiosgd.bench.gloo"},
+    "jax": {"aiosgd.plugins.jax"},
     "threadpoolctl": {
         "aiosgd.runtime.part",
         "aiosgd.runtime.simulation.simulate",

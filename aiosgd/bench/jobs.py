@@ -62,9 +62,17 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def site(
-    workers: int, servers: int, cluster: Cluster | None = None, printed: Printed = ignore
+    workers: int,
+    servers: int,
+    cluster: Cluster | None = None,
+    printed: Printed = ignore,
+    *,
+    allow_code: bool = False,
 ) -> AsyncIterator[Site]:
     """Give nodes for the time of the context: those of `cluster`, or new ones on this machine.
+
+    Args:
+        allow_code: whether new ones take jobs with code of their own.
 
     Raises:
         ConfigError: the cluster has too few nodes.
@@ -77,7 +85,9 @@ async def site(
             return
         launcher = LAUNCHERS.load("local")
         params = make_params(launcher, {"run_dir": str(folder / "nodes")}, "launcher")
-        async with launcher(params).launch(workers, servers, printed=printed) as nodes:
+        async with launcher(params).launch(
+            workers, servers, allow_code=allow_code, printed=printed
+        ) as nodes:
             local_workers, local_servers = (
                 tuple(Address.parse(text, "local node") for text in texts)
                 for texts in (nodes.workers, nodes.servers)

@@ -216,7 +216,7 @@ def read_copy(folder: Path, *, weights: bool) -> dict[str, Any]:
 
     Returns:
         What a node sends when a job is collected: `train`, `evaluations`, `sketches`, `figures`,
-        `log`, `record`, `weights` and the model's `state`; None for what is not there. Beside that: `job`
+        `log`, `record`, `weights` and `model_state`; None for what is not there. Beside that: `job`
         and `run`, the tables of job.toml; `sources`, the code; `shapes` of the weights; `lead_log`;
         `checkpoints`, their steps.
     """
@@ -230,7 +230,7 @@ def read_copy(folder: Path, *, weights: bool) -> dict[str, Any]:
         "log": _bytes(folder / "node.log"),
         "record": _readable(_record, folder),
         "weights": _readable(_weights, folder, shapes) if weights else None,
-        "state": _readable(_state, folder, shapes) if weights else None,
+        "model_state": _readable(_state, folder, shapes) if weights else None,
         "shapes": shapes,
         "lead_log": _bytes(folder / "lead.log"),
         "checkpoints": checkpoint.steps(folder / CHECKPOINTS),

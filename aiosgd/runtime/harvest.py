@@ -314,7 +314,7 @@ def _unpack(node: int, content: Mapping[str, Any], size: int) -> Collected:
         _sketches(content.get("sketches")),
         _figures(content.get("figures")),
         _record(content.get("record")),
-        _state(content.get("state")),
+        _state(content.get("model_state")),
     )
 
 
@@ -336,10 +336,10 @@ def _weights(value: Any, size: int) -> Vector | None:
 def _state(value: Any) -> dict[str, Array]:
     if value is None:
         return {}
-    state: dict[str, Array] = check_value(value, dict[str, Any], "state")
+    state: dict[str, Array] = check_value(value, dict[str, Any], "model_state")
     for name, array in state.items():
         if not (type(name) is str and isinstance(array, np.ndarray) and array.dtype.kind in "biuf"):
-            raise RemoteProtocolError(f"state.{name!s:.80} is no array of numbers")
+            raise RemoteProtocolError(f"model_state.{name!s:.80} is no array of numbers")
     return state
 
 

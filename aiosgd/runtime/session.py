@@ -696,7 +696,7 @@ class Session:
             "evaluations": self.evaluations.columns(),
             "sketches": np.array(self.sketches).reshape(-1, SKETCH),
             "weights": self.weights if weights else None,
-            "state": self.model_state if weights else None,
+            "model_state": self.model_state if weights else None,
             "figures": self.figures(),
         }
 

@@ -1,5 +1,6 @@
 """What a node checks and keeps of a job."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 
 from aiosgd.errors import ClusterError, CodecError, ConfigError
+from aiosgd.runtime.config import JobConfig
 from aiosgd.runtime.part import (
     Settings,
+    check_code,
     check_files,
     check_request,
     file_path,
@@ -83,6 +86,28 @@ def test_source_code_needs_a_node_that_takes_it(settings):
         check_request(request(sources=["my.py:My"]), settings)
     willing = Settings(run_dir=settings.run_dir, data_dir=settings.data_dir, allow_code=True)
     assert check_request(request(sources=["my.py:My"]), willing) == []
+
+
+@pytest.mark.parametrize("factory", ["subprocess:run", "my.py:make", 3])
+def test_a_job_that_names_code_of_its_own_needs_a_node_that_takes_it(settings, factory):
+    job = JobConfig(model="torch", model_params={"factory": factory})
+    with pytest.raises(ClusterError, match=rf"{factory} is the job's own code.*--allow-code"):
+        check_code(job, [], settings)
+
+
+def test_a_willing_node_wants_the_files_and_only_those(settings):
+    willing = dataclasses.replace(settings, allow_code=True)
+    module = JobConfig(model="torch", model_params={"factory": "pkg:make"})
+    file = JobConfig(model="torch", model_params={"factory": "my.py:make"})
+    check_code(module, [], willing)
+    check_code(file, [["my.py:make", b""]], willing)
+    for job, sources in ((file, []), (module, [["my.py:make", b""]])):
+        with pytest.raises(ConfigError, match="the job names the files"):
+            check_code(job, sources, willing)
+
+
+def test_what_reads_a_data_set_is_no_code_that_a_node_runs(settings):
+    check_code(JobConfig(dataset="torch", dataset_params={"factory": "pkg:read"}), [], settings)
 
 
 def test_plugins_must_be_of_the_same_distribution_and_version(settings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import secrets
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,15 +59,15 @@ class Torch(Dataset):
         """Read the data set through, and write its samples as arrays: the same ones, the same file."""
         arrays = self._arrays()
         folder = self.data_dir / "torch"
-        temporary = folder / f".{secrets.token_hex(8)}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                for name in PARTS:
-                    np.lib.format.write_array(file, arrays[name], allow_pickle=False)
-            path = temporary.rename(folder / f"{sha256(temporary)}.npy")
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                path = Path(temporary, FILE)
+                with path.open("wb") as file:
+                    for name in PARTS:
+                        np.lib.format.write_array(file, arrays[name], allow_pickle=False)
+                path = path.rename(folder / f"{sha256(path)}.npy")
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise ConfigError(f"{folder} cannot be written ({describe(error)})") from error
         return [DataFile.of(FILE, path)]
 
