@@ -303,6 +303,8 @@ def type_name(annotation: Any) -> str:
         if origin is tuple and args[-1] is not Ellipsis:
             return f"a list of {len(args)} values"
         return f"a list of {_plural(args[0])}"
+    if origin is dict:
+        return "a table"
     if origin is Literal:
         return " or ".join(map(repr, args))
     if origin in (Union, types.UnionType):

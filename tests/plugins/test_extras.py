@@ -35,11 +35,11 @@ def test_each_says_what_to_install(nothing_installed, tmp_path):
     for make, message in (
         (
             lambda: Torch(Torch.Params(factory=code), (8, 8), 10),
-            "the model 'Torch' needs PyTorch: pip install 'aiosgd[torch]'",
+            "the model 'torch' needs PyTorch: pip install 'aiosgd[torch]'",
         ),
         (
             lambda: MyCnn(TorchParams(), (8, 8), 10),
-            "the model 'MyCnn' needs PyTorch: pip install 'aiosgd[torch]'",
+            "the model MyCnn needs PyTorch: pip install 'aiosgd[torch]'",
         ),
         (
             lambda: TorchDataset(TorchDataset.Params(factory=code), tmp_path).files(),

@@ -147,7 +147,7 @@ class TorchModel(Model):
     Params: ClassVar[type] = TorchParams
 
     def __init__(self, params: Any, inputs: tuple[int, ...], classes: int) -> None:
-        self._torch = load_torch(f"the model {type(self).__name__!r}")
+        self._torch = load_torch(f"the {self._title}")
         self._params, self._inputs, self._classes = params, inputs, classes
         self._device = self._choose_device()
         self._seed: int | None = None
@@ -187,9 +187,14 @@ class TorchModel(Model):
         return self._torch.device("cuda", self._torch.cuda.current_device())
 
     @property
+    def _title(self) -> str:
+        """What this is, for messages."""
+        return f"model {type(self).__name__}"
+
+    @property
     def _origin(self) -> str:
         """What made the module, for messages."""
-        return f"model {type(self).__name__}"
+        return self._title
 
     def _make(self, seed: int) -> tuple[Module, Callable[..., Tensor]]:
         """Return a new module and its loss, tried out; the same seed gives the same bits."""
@@ -432,6 +437,10 @@ class Torch(TorchModel):
             if not callable(self._factory):
                 raise self._wrong(f"is {self._factory!r:.80}; expected a function")
         return self._factory(**params.args)
+
+    @property
+    def _title(self) -> str:
+        return "model 'torch'"
 
     @property
     def _origin(self) -> str:
