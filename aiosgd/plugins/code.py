@@ -11,15 +11,18 @@ import dataclasses
 import hashlib
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from aiosgd.errors import ConfigError, PluginLoadError
+from aiosgd.errors import AiosgdError, ConfigError, PluginLoadError
 from aiosgd.plugins.registry import describe
+
+T = TypeVar("T")
 
 
 def is_file(name: str) -> bool:
@@ -85,6 +88,31 @@ class Code:
         if not hasattr(module, name):
             raise PluginLoadError(f"{origin}: {path.name if path else where} has no {name!r}")
         return getattr(module, name)
+
+    def function(self, place: str) -> Callable[..., Any]:
+        """Import a function; arguments and errors as `load`."""
+        found = self.load(place)
+        if not callable(found):
+            raise PluginLoadError(f"{place} {self.text!r} is {found!r:.80}; expected a function")
+        return found  # type: ignore[no-any-return]
+
+
+def call(origin: str, function: Callable[..., T], *args: Any, **options: Any) -> T:
+    """Call a function of the user's own.
+
+    Args:
+        origin: what it is, for messages.
+        function, args, options: what to call, with what.
+
+    Raises:
+        PluginLoadError: whatever it raised.
+    """
+    try:
+        return function(*args, **options)
+    except AiosgdError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise PluginLoadError(f"{origin} failed: {describe(error)}") from error
 
 
 def _hint(error: BaseException, module: str) -> str:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from aiosgd.errors import AiosgdError, ConfigError, PluginLoadError
-from aiosgd.plugins.code import Code
-from aiosgd.plugins.models import Labels, Model, Vector
+from aiosgd.errors import ConfigError
+from aiosgd.plugins.code import Code, call
+from aiosgd.plugins.models import Labels, Model, Vector, check_batch
 from aiosgd.plugins.registry import describe
 
 Tree: TypeAlias = Any
@@ -96,24 +96,14 @@ class Jax(Model):
         return ConfigError(f"{self._origin} {' '.join(text.split())}")
 
     def _make(self) -> Functions:
-        factory = self._params.factory.load("model.factory")
-        if not callable(factory):
-            raise self._wrong(f"is {factory!r:.80}; expected a function")
-        try:
-            made = factory(**self._params.args)
-        except AiosgdError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise PluginLoadError(f"{self._origin} failed: {describe(error)}") from error
+        factory = self._params.factory.function("model.factory")
+        made = call(self._origin, factory, **self._params.args)
         if not isinstance(made, Sequence) or len(made) != 3 or not all(map(callable, made)):
             raise self._wrong(f"returned {made!r:.80}; expected (init, loss, predict), functions")
         return Functions(*made)
 
     def _tree(self, seed: int) -> Tree:
-        try:
-            return self._functions.init(self._jax.random.key(seed))
-        except Exception as error:
-            raise PluginLoadError(f"{self._origin}: init failed: {describe(error)}") from error
+        return call(f"{self._origin}: init", self._functions.init, self._jax.random.key(seed))
 
     def _checked(self, tree: Tree) -> dict[str, tuple[int, ...]]:
         """Return the parameters' names and shapes in the order of the flat vector."""
@@ -168,14 +158,14 @@ class Jax(Model):
 
     def gradients(self, weights: Vector, x: Vector, y: Labels, out: Vector) -> tuple[float, float]:
         """Write the gradient of the batch's mean loss into `out`; return (mean loss, accuracy)."""
-        self._check_batch(x, y)
+        check_batch(x, y, self._inputs, self._classes)
         (loss, hits), gradient = self._compiled(weights, x, y.astype(np.int32))
         np.copyto(out, np.asarray(gradient))
         return float(loss), int(hits) / len(y)
 
     def evaluate(self, weights: Vector, x: Vector, y: Labels) -> tuple[float, float]:
         """Return (mean loss, accuracy) without training."""
-        self._check_batch(x, y)
+        check_batch(x, y, self._inputs, self._classes)
         total, right = 0.0, 0
         for start in range(0, len(y), EVALUATION_ROWS):
             part = slice(start, start + EVALUATION_ROWS)
@@ -183,17 +173,6 @@ class Jax(Model):
             loss, hits = self._evaluated(weights, x[part], labels)
             total, right = total + float(loss) * len(labels), right + int(hits)
         return total / len(y), right / len(y)
-
-    def _check_batch(self, x: Vector, y: Labels) -> None:
-        if y.ndim != 1 or not y.size or x.shape != (y.size, *self._inputs):
-            raise ValueError(
-                f"samples have shape {x.shape} and labels {y.shape}; "
-                f"expected (n, *{self._inputs}) and (n,) with n of at least 1"
-            )
-        if y.min() < 0 or y.max() >= self._classes:
-            raise ValueError(
-                f"labels range from {y.min()} to {y.max()}; expected 0 … {self._classes - 1}"
-            )
 
 
 def _name(path: Sequence[Any]) -> str:

@@ -124,6 +124,17 @@ class Model(ABC):
         return threads
 
 
+def check_batch(x: Vector, y: Labels, inputs: tuple[int, ...], classes: int) -> None:
+    """Raise ValueError if a batch is empty, or not of these samples and labels."""
+    if y.ndim != 1 or not y.size or x.shape != (y.size, *inputs):
+        raise ValueError(
+            f"samples have shape {x.shape} and labels {y.shape}; "
+            f"expected (n, *{inputs}) and (n,) with n of at least 1"
+        )
+    if y.min() < 0 or y.max() >= classes:
+        raise ValueError(f"labels range from {y.min()} to {y.max()}; expected 0 … {classes - 1}")
+
+
 # Activations ----------------------------------------------------------------------------------
 
 
@@ -289,15 +300,7 @@ class FeedForward(Model):
 
     def _rows(self, x: Vector, y: Labels) -> Vector:
         """Return the samples as rows of a matrix, or raise ValueError."""
-        if y.ndim != 1 or not y.size or x.shape != (y.size, *self._inputs):
-            raise ValueError(
-                f"samples have shape {x.shape} and labels {y.shape}; "
-                f"expected (n, *{self._inputs}) and (n,) with n of at least 1"
-            )
-        if y.min() < 0 or y.max() >= self._widths[-1]:
-            raise ValueError(
-                f"labels range from {y.min()} to {y.max()}; expected 0 … {self._widths[-1] - 1}"
-            )
+        check_batch(x, y, self._inputs, self._widths[-1])
         return x.reshape(len(x), -1)
 
     def _layers(self, vector: Vector) -> tuple[list[Vector], list[Vector]]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from aiosgd.errors import ConfigError, PluginLoadError
-from aiosgd.plugins.code import Code, is_file
+from aiosgd.plugins.code import Code, call, is_file
 from aiosgd.plugins.registry import check_value, type_name
 
 
@@ -79,6 +79,26 @@ def test_what_is_missing_is_one_clear_line(text, error, message):
     with pytest.raises(error) as caught:
         Code(text).allowed().load("model.factory")
     assert str(caught.value) == message
+
+
+def test_only_functions_are_called_and_what_they_raise_is_named():
+    assert Code("subprocess:run").allowed().function("model.factory") is subprocess.run
+    with pytest.raises(PluginLoadError) as caught:
+        Code("subprocess:PIPE").allowed().function("model.factory")
+    assert str(caught.value) == "model.factory 'subprocess:PIPE' is -1; expected a function"
+
+    def leave(text):
+        raise SystemExit(text)
+
+    assert call("the function", int, "12", base=3) == 5
+    with pytest.raises(PluginLoadError, match=r"^the function failed: SystemExit: 3$"):
+        call("the function", leave, "3")
+    with pytest.raises(ConfigError, match=r"^no such file$"):
+        call("the function", _refuse)
+
+
+def _refuse():
+    raise ConfigError("no such file")
 
 
 def test_a_file_that_fails_is_named_and_leaves_no_module(tmp_path):

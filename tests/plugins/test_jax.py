@@ -118,7 +118,7 @@ def test_evaluation_is_the_mean_over_all_samples_in_any_pieces(build, monkeypatc
     ("args", "error", "message"),
     [
         ({"name": "none"}, ConfigError, r"returned 5; expected \(init, loss, predict\), functions"),
-        ({"name": "number"}, ConfigError, "is 3; expected a function"),
+        ({"name": "number"}, PluginLoadError, "is 3; expected a function"),
         ({"name": "other"}, PluginLoadError, r"nets\.py has no 'other'"),
         ({"init": "ints"}, ConfigError, "has parameter 'a' of int32; expected float32"),
         ({"init": "nothing"}, ConfigError, "has no parameters; there is nothing to train"),

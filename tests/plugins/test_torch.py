@@ -412,7 +412,7 @@ def test_a_factory_gets_its_arguments_and_each_mistake_is_one_clear_line(tmp_pat
     assert build(f"{nets}:make", width=5).shapes["1.weight"] == (5, 64)
     for text, args, error, message in (
         (f"{nets}:make", {"widht": 5}, PluginLoadError, "failed: TypeError: .*'widht'"),
-        (f"{nets}:number", {}, ConfigError, r"number' is 3; expected a function"),
+        (f"{nets}:number", {}, PluginLoadError, r"number' is 3; expected a function"),
         (f"{nets}:other", {}, PluginLoadError, r"nets\.py has no 'other'"),
         (f"{tmp_path}/no.py:make", {}, ConfigError, "there is no file"),
         ("no_such_package:make", {}, PluginLoadError, "No module named 'no_such_package'; install"),

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from aiosgd.errors import AiosgdError, ConfigError, PluginLoadError
-from aiosgd.plugins.code import Code
+from aiosgd.errors import ConfigError
+from aiosgd.plugins.code import Code, call
 from aiosgd.plugins.datasets import Data, DataFile, Dataset, sha256
 from aiosgd.plugins.datasets.base import Labels, Samples
 from aiosgd.plugins.registry import describe
@@ -87,17 +87,12 @@ class Torch(Dataset):
 
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
         torch = load_torch("the data set 'torch'")
-        make = self.params.factory.load("dataset.factory")
+        make = self.params.factory.function("dataset.factory")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.params.seed)
-            try:
-                made = make(**self.params.args)
-                given = made if isinstance(made, tuple) else (made,)
-                parts = [_materialise(one) for one in given]
-            except AiosgdError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise PluginLoadError(f"{self._origin} failed: {describe(error)}") from error
+            made = call(self._origin, make, **self.params.args)
+            given = made if isinstance(made, tuple) else (made,)
+            parts = [call(self._origin, _materialise, one) for one in given]
         if len(parts) not in (1, 2) or not all(len(labels) for _, labels in parts):
             raise ConfigError(
                 f"{self._origin} returned {made!r:.80}; expected a data set with samples, or a pair "

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from aiosgd.errors import AiosgdError, ConfigError, PluginLoadError
-from aiosgd.plugins.code import Code
-from aiosgd.plugins.models import Array, Labels, Model, Vector
+from aiosgd.errors import ConfigError
+from aiosgd.plugins.code import Code, call
+from aiosgd.plugins.models import Array, Labels, Model, Vector, check_batch
 from aiosgd.plugins.registry import describe
 from aiosgd.plugins.torch import load_torch
 
@@ -199,12 +199,7 @@ class TorchModel(Model):
     def _make(self, seed: int) -> tuple[Module, Callable[..., Tensor]]:
         """Return a new module and its loss, tried out; the same seed gives the same bits."""
         with self._drawing(seed):
-            try:
-                made = self.module(self._params, self._inputs, self._classes)
-            except AiosgdError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise PluginLoadError(f"{self._origin} failed: {describe(error)}") from error
+            made = call(self._origin, self.module, self._params, self._inputs, self._classes)
             pair = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
             net, loss = pair
             if not isinstance(net, self._torch.nn.Module) or not (loss is None or callable(loss)):
@@ -341,7 +336,7 @@ class TorchModel(Model):
 
     def gradients(self, weights: Vector, x: Vector, y: Labels, out: Vector) -> tuple[float, float]:
         """Write the gradient of the batch's mean loss into `out`; return (mean loss, accuracy)."""
-        self._check_batch(x, y)
+        check_batch(x, y, self._inputs, self._classes)
         self._bind(weights)
         if not self._net.training:
             self._net.train()
@@ -355,7 +350,7 @@ class TorchModel(Model):
 
     def evaluate(self, weights: Vector, x: Vector, y: Labels) -> tuple[float, float]:
         """Return (mean loss, accuracy) in evaluation mode: with this worker's statistics."""
-        self._check_batch(x, y)
+        check_batch(x, y, self._inputs, self._classes)
         self._bind(weights)
         if self._net.training:
             self._net.eval()
@@ -382,17 +377,6 @@ class TorchModel(Model):
         for one, part in zip(self._weights, vector.split(self._sizes), strict=True):
             one.data = part.view(one.shape)
         self._bound = weights if weights.flags.writeable else None  # else it is a copy
-
-    def _check_batch(self, x: Vector, y: Labels) -> None:
-        if y.ndim != 1 or not y.size or x.shape != (y.size, *self._inputs):
-            raise ValueError(
-                f"samples have shape {x.shape} and labels {y.shape}; "
-                f"expected (n, *{self._inputs}) and (n,) with n of at least 1"
-            )
-        if y.min() < 0 or y.max() >= self._classes:
-            raise ValueError(
-                f"labels range from {y.min()} to {y.max()}; expected 0 … {self._classes - 1}"
-            )
 
 
 def _trainable(net: Module) -> dict[str, Tensor]:
@@ -433,9 +417,7 @@ class Torch(TorchModel):
     def module(self, params: Any, inputs: tuple[int, ...], classes: int) -> Any:
         """Return what the user's function makes."""
         if self._factory is None:
-            self._factory = params.factory.load("model.factory")
-            if not callable(self._factory):
-                raise self._wrong(f"is {self._factory!r:.80}; expected a function")
+            self._factory = params.factory.function("model.factory")
         return self._factory(**params.args)
 
     @property
