@@ -15,7 +15,7 @@ import pytest
 from aiosgd import cli
 from aiosgd.errors import ConfigError
 from aiosgd.plugins.trackers import Csv
-from aiosgd.report import charts, curves, facts, page, picture, publish, run
+from aiosgd.report import charts, curves, facts, page, picture, publish, run, sections
 from aiosgd.report.charts import Axis
 from aiosgd.report.markup import Html, join, tag
 from aiosgd.runtime import results
@@ -147,7 +147,7 @@ def check_self_contained(shown):
             assert key not in attributes, (name, attributes)
         for value in attributes.values():
             assert all(one.startswith("#") for one in re.findall(r"url\(([^)]*)\)", value or ""))
-        assert not any(key.startswith("on") for key in attributes)
+        assert not any(key.startswith("on") or key == "style" for key in attributes)
     style, script = shown.element("style"), shown.element("script")
     assert not re.search(r"url\(|@import|//", style)
     words = script.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
@@ -165,12 +165,13 @@ def test_a_page_of_several_runs_refers_to_nothing_outside_of_it(make):
     check_self_contained(Page(page.page(runs)))
 
 
-def test_the_policy_allows_the_script_of_this_page_alone(page_of):
+def test_the_policy_allows_the_script_and_the_style_of_this_page_alone(page_of):
     shown = page_of()
     policy = next(a["content"] for a in shown.all("meta") if "http-equiv" in a)
-    digest = base64.b64encode(hashlib.sha256(shown.element("script").encode()).digest()).decode()
-    assert "default-src 'none'" in policy
-    assert f"script-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'; ")
+    for name in ("style", "script"):
+        digest = base64.b64encode(hashlib.sha256(shown.element(name).encode()).digest()).decode()
+        assert f"{name}-src 'sha256-{digest}'" in policy
 
 
 def test_every_setting_of_the_switches_has_its_charts(page_of):
@@ -396,9 +397,8 @@ def test_a_page_of_a_long_run_is_small():
     rows.time_s += rng.uniform(0, 0.05, len(rows))
     rows.compute_s, rows.wait_s = rng.uniform(0, 0.05, (2, len(rows)))
     one = run.Run(
-        folder=publish.Path(), job=JobConfig(workers=8), facts={}, summary=summary_of(8),
+        job=JobConfig(workers=8), facts={}, summary=summary_of(8),
         train=rows, eval=eval_rows(8, 500), consensus=np.empty(0, CONSENSUS).view(np.recarray),
-        missing=(),
     )  # fmt: skip
     assert len(page.page([one]).encode()) < 1_000_000
     assert len(page.page([one] * 3).encode()) < 3_000_000
@@ -481,10 +481,17 @@ def test_of_many_workers_the_slowest_have_a_row_and_the_others_share_one(page_of
     rows = train_rows(50, 2)
     rows.compute_s[rows.node == 49] = 0.045
     shown = page_of(train=rows, summary=summary_of(50))
-    assert len(shown.all("svg", "strip")) == 33
-    assert "18 others: compute 20%, wait 50%, rest 30%" in shown.text
-    assert "worker 49: compute 45%" in shown.text
-    assert shown.text.count("18 others, mean") == 1  # of the traffic
+    always, folded = shown.source.split("40 more workers")
+    assert (always.count('class="strip"'), folded.count('class="strip"')) == (sections.ROWS, 40)
+    assert "worker 49: compute 45%" in always
+
+
+def test_of_very_many_workers_the_fastest_share_a_row(page_of):
+    rows = train_rows(100, 2)
+    shown = page_of(train=rows, summary=summary_of(100))
+    assert len(shown.all("svg", "strip")) == sections.NODES + 1
+    assert "36 others: compute 20%, wait 50%, rest 30%" in shown.text
+    assert shown.text.count("36 others, mean") == 1  # of the traffic
 
 
 # Traffic, staleness, topology ------------------------------------------------------------------
@@ -501,7 +508,7 @@ def link(peer, sent, received):
 def test_links_are_read_from_both_ends(make):
     logs = {0: link("worker 1", (3, 300), (4, 400)), -1: link("worker 0", (5, 500), (6, 600))}
     one = run.read(make(logs=logs))
-    assert one.links() == {(0, 1): (3, 300), (1, 0): (4, 400), (-1, 0): (5, 500), (0, -1): (6, 600)}
+    assert one.links == {(0, 1): (3, 300), (1, 0): (4, 400), (-1, 0): (5, 500), (0, -1): (6, 600)}
     shown = Page(page.page([one]))
     assert {a.get("title") for a in shown.all("td")} >= {
         "worker 0 to worker 1: 3 messages, 300 bytes",
