@@ -158,19 +158,27 @@ def _table(folder: Path, name: Literal["train", "eval"]) -> Table:
     if not (folder / f"{name}.csv").exists():
         return np.empty(0, {"train": TRAIN, "eval": EVAL}[name]).view(np.recarray)
     table = results.read_table(folder, name)
-    _check(table, folder / f"{name}.csv")
+    check_table(table, str(folder / f"{name}.csv"))
     return table
 
 
-def _check(table: Table, path: Path) -> None:
-    """Refuse a table with what cannot be; losses and accuracies may be anything."""
+def check_table(table: Table, source: str) -> None:
+    """Refuse a table with what cannot be; losses and accuracies may be anything.
+
+    Args:
+        table: rows of train.csv or eval.csv.
+        source: where it comes from.
+
+    Raises:
+        ConfigError: the message names the line that it would have in a file.
+    """
     for name in table.dtype.names or ():
         if name in ("node", "loss", "accuracy"):
             continue
         least = -_MOST if name == "staleness" else 0  # results may be ahead
         wrong = np.flatnonzero((table[name] < least) | (table[name] > _MOST))
         if len(wrong):
-            place, value = f"{path}:{wrong[0] + 2}: {name}", table[name][wrong[0]]
+            place, value = f"{source}:{wrong[0] + 2}: {name}", table[name][wrong[0]]
             raise ConfigError(f"{place} is {value}; expected {least} to {_MOST}")
 
 
@@ -212,11 +220,18 @@ def _links(folder: Path) -> Links:
     received: Links = {}
     for node in _logging_nodes(folder):
         log = _end(folder / "nodes" / str(node) / "node.log", LINK_BYTES) or ""
-        for found in _LINK.finditer(log):
-            peer, out, out_bytes, back, back_bytes = map(int, found.groups())
-            sent[node, peer] = out, out_bytes
-            received[peer, node] = back, back_bytes
+        for link, counts in links_in(node, log).items():
+            (sent if link[0] == node else received)[link] = counts
     return received | sent
+
+
+def links_in(node: int, log: str) -> Links:
+    """Return what a node's log says of its links, both ways."""
+    found: Links = {}
+    for line in _LINK.finditer(log):
+        peer, out, out_bytes, back, back_bytes = map(int, line.groups())
+        found[node, peer], found[peer, node] = (out, out_bytes), (back, back_bytes)
+    return found
 
 
 def _logging_nodes(folder: Path) -> list[int]:

@@ -246,6 +246,11 @@ class Rows:
         """
         self._bytes += self._row.pack(*values)
 
+    def extend(self, other: Rows) -> None:
+        """Add the rows of another table with the same columns."""
+        assert other.dtype == self.dtype
+        self._bytes += other._bytes
+
     def array(self) -> np.recarray[Any, Any]:
         """Return a copy of the table, of shape (rows,)."""
         return np.frombuffer(bytearray(self._bytes), self.dtype).view(np.recarray)
