@@ -36,9 +36,9 @@ const connect = () => {
   heard = Date.now();
   source = new EventSource(`events?by=${chosen("by")}&y=${chosen("y")}`);
   source.addEventListener("part", (event) => {
-    const { id, html, title } = JSON.parse(event.data);
+    const { id, html } = JSON.parse(event.data);
     replace(document.getElementById(id), html);
-    if (title) document.title = title;
+    document.title = document.querySelector("[data-title]")?.dataset.title ?? document.title;
     alive();
   });
   source.addEventListener("pulse", alive);

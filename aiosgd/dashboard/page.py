@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from aiosgd.dashboard.live import Moment
 from aiosgd.display import size
@@ -132,6 +131,7 @@ class Drawing:
             tag("h1", title),
             tag("p", sections.sentence(run)) if run else None,
             _progress(now, run) if runs and run else None,
+            data_title=f"{fate.state} {fate.job_id}",
         )
 
 
@@ -170,18 +170,12 @@ def _trouble(now: Moment) -> Html | None:
         said = [tag("p", tag("strong", "No node answers. "), "The page shows what was known last.")]
         said += [tag("p", f"{one.place}: {one.error}") for one in silent[: sections.ROWS]]
         return join(tag("div", said, class_="box bad"), sections.trouble(run) if run else None)
-    failing = [
-        tag("p", tag("strong", f"{_name(one.status)}: "), one.status.failure)
-        for one in now.seen
-        if one.status is not None and one.status.failure
-    ]
-    box = tag("div", failing, class_="box bad") if failing else None
-    return join(box, sections.trouble(run) if run else None)
+    return sections.trouble(run) if run else None
 
 
 # Nodes and jobs ------------------------------------------------------------------------------
 
-_COLUMNS = ("node", "address", "state", "step", "loss", "samples/s", "traffic", "checkpoint")
+_COLUMNS = ("node", "address", "state", "step", "loss", "samples/s", "traffic", "checkpoint", "why")
 _SEATS = {"quiet": "has trained", "collected": "has trained"}
 
 
@@ -189,25 +183,31 @@ def _nodes(now: Moment) -> Html:
     """Return a row per node of the cluster, those that do not answer first."""
     ordered = sorted(now.seen, key=lambda one: not one.error)
     rows = [_node(one, now.fate) for one in ordered[: sections.NODES]]
-    head = tag("tr", [tag("th", name, scope="col") for name in _COLUMNS])
-    table = tag("table", tag("thead", head), tag("tbody", rows), class_="nodes")
     more = len(ordered) - len(rows)
     rest = tag("p", f"… and {sections.count(more, 'node')} more", class_="note") if more else None
-    return sections.section("Nodes", tag("div", table, class_="scroll"), rest)
+    return sections.section("Nodes", _listed(_COLUMNS, rows), rest)
 
 
-def _node(one: Seen, fate: Fate | None) -> Html:
-    status = one.status
+def _listed(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
+    """Return a table; columns that say nothing are left out."""
+    shown = [i for i in range(len(names)) if any(row[i] for row in rows)]
+    head = tag("tr", [tag("th", names[i], scope="col") for i in shown])
+    body = [
+        tag("tr", tag("th", row[0], scope="row"), [tag("td", row[i]) for i in shown[1:]])
+        for row in rows
+    ]
+    table = tag("table", tag("thead", head), tag("tbody", body), class_="nodes")
+    return tag("div", table, class_="scroll")
+
+
+def _node(one: Seen, fate: Fate | None) -> list[str]:
+    status, address = one.status, str(one.address)
     if status is None:
-        cells = [tag("td", str(one.address)), tag("td", "no answer", class_="failed")]
-        why = tag("td", one.error, colspan=len(_COLUMNS) - 3, class_="why")
-        return tag("tr", tag("th", one.place, scope="row"), cells, why)
+        nothing = [""] * (len(_COLUMNS) - 4)
+        return [one.place, address, tag("span", "no answer", class_="failed"), *nothing, one.error]
     other = status.job_id and fate is not None and status.job_id != fate.job_id
     state = f"{_state(status)}: {status.job_id}" if other else _state(status)
-    words = (str(one.address), state, *_figures(status))
-    return tag(
-        "tr", tag("th", _name(status) or one.place, scope="row"), [tag("td", w) for w in words]
-    )
+    return [_name(status) or one.place, address, state, *_figures(status), status.failure]
 
 
 def _name(status: Status) -> str:
@@ -236,17 +236,11 @@ def _figures(status: Status) -> list[str]:
 
 def _history(fates: Sequence[Fate]) -> Html:
     """Return the jobs that the nodes remember, newest first."""
-    rows = [
-        tag("tr", tag("th", one.job_id, scope="row"), [tag("td", text) for text in _fate(one)])
-        for one in fates[:JOBS]
-    ]
     names = ("job", "state", "began", "took", "why")
-    head = tag("tr", [tag("th", name, scope="col") for name in names])
-    table = tag("table", tag("thead", head), tag("tbody", rows), class_="nodes")
-    return sections.section("Jobs of these nodes", tag("div", table, class_="scroll"))
+    return sections.section("Jobs of these nodes", _listed(names, [_fate(f) for f in fates[:JOBS]]))
 
 
-def _fate(one: Fate) -> list[Any]:
+def _fate(one: Fate) -> list[str]:
     began = "" if one.began is None else time.strftime("%d %b %H:%M:%S", time.localtime(one.began))
     took = "" if one.took is None else _span(one.took)
-    return [one.state, began, took, one.reason]
+    return [one.job_id, one.state, began, took, one.reason]

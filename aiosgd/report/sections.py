@@ -81,7 +81,7 @@ def count(number: int, noun: str) -> str:
 def trouble(run: Run, letter: str = "") -> Html | None:
     """Return why a run did not end well, whom it lost, and what is not there."""
     summary, said = run.summary, []
-    if summary.state != "done":
+    if summary.state not in ("done", "running"):
         reason = summary.error or "the summary does not say why"
         said.append(tag("p", tag("strong", f"{summary.state.capitalize()}: "), reason))
     for node, why in summary.lost.items():
@@ -236,8 +236,10 @@ def _series(runs: Sequence[Run], i: int, curve: Curve) -> Series:
 
 def _short(value: float) -> str:
     """Return a number that has room at the end of a curve."""
-    text = f"{value:.3g}"
-    return text if len(text) <= 6 else f"{value:.0e}"
+    for digits in (3, 2):
+        if len(text := f"{value:.{digits}g}") <= 6:
+            return text
+    return f"{value:.0e}"
 
 
 def _ends(series: Series) -> str:
@@ -431,7 +433,8 @@ def staleness(runs: Sequence[Run]) -> Html | None:
         if len(one)
     ]
     chart = charts.bars(names, shares, "steps old", f"Staleness of results: {'; '.join(said)}")
-    note = f"How many steps old results were when workers took them. {'; '.join(said)}."
+    told = "; ".join(said)
+    note = f"How many steps old results were when workers took them: {told}."
     return section("Staleness", tag("figure", chart, class_="half"), note=note)
 
 
