@@ -259,7 +259,7 @@ def test_a_node_whose_log_did_not_come_back_is_named_all_the_same(page_of):
     reason = "worker 7 lost: no heartbeat for 5 s"
     text = page_of(summary=summary_of(state="failed", error=reason)).text
     assert "Log of worker 7" in text
-    assert "It is not in the folder" in text
+    assert "It did not come back" in text
 
 
 def test_a_cancelled_run_and_one_that_lost_a_worker_say_so(page_of, make):

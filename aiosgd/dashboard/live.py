@@ -100,8 +100,6 @@ class Trace:
         train = _joined(TRAIN, [part.train for part in parts])
         evaluations = _joined(EVAL, [part.evaluations for part in parts])
         consensus = distances(evaluations.epoch, [one for part in parts for one in part.sketches])
-        if fate.state == RUNNING and len(consensus):  # some have not ended the newest epoch
-            consensus = consensus[consensus.workers >= consensus.workers[0]]
         run = Run(
             job=self.job,
             facts=self.facts,

@@ -546,10 +546,11 @@ def logs(run: Run) -> Html | None:
         return None
     node = run.culprit
     parts = [] if node is None else [_log(node_name(node), run.logs.get(node), is_open=True)]
-    parts.append(_log("the submitter", run.logs.get(None), is_open=node is None))
-    return section("Logs", parts, note=f"The last {TAIL_LINES} lines at most.")
+    if None in run.logs:
+        parts.append(_log("the submitter", run.logs[None], is_open=node is None))
+    return section("Logs", parts, note=f"The last {TAIL_LINES} lines at most.") if parts else None
 
 
 def _log(whose: str, text: str | None, *, is_open: bool) -> Html:
-    body = tag("pre", text) if text is not None else tag("p", "It is not in the folder.")
+    body = tag("pre", text) if text is not None else tag("p", "It did not come back.")
     return tag("details", tag("summary", f"Log of {whose}"), body, open=is_open)
