@@ -62,8 +62,7 @@ class Browser:
         width, height = self._size
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=False)  # fmt: skip
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if self._dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.prefer("dark" if self._dark else "light")
         return self
 
     def __exit__(self, *_):
@@ -106,6 +105,11 @@ class Browser:
             self.problems.append(json.dumps(params["exceptionDetails"])[:500])
         elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
             self.problems.append(json.dumps(params["args"])[:500])
+
+    def prefer(self, scheme):
+        """Have the reader prefer `light` or `dark`."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self.call("Emulation.setEmulatedMedia", features=[feature])
 
     def open(self, url):
         """Go to a page, and wait until it is there."""

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from aiosgd.dashboard.live import Live, Trace
-from aiosgd.errors import AiosgdError, ClusterError, RemoteProtocolError
+from aiosgd.errors import AiosgdError, ClusterError
+from aiosgd.plugins.registry import check_value
 from aiosgd.report.run import Links, check_table
 from aiosgd.runtime.archive import RUNNING, Entry
 from aiosgd.runtime.config import Address, Cluster, from_dict
@@ -95,7 +96,7 @@ class Watch:
             seen = await self._see(visitor, place, address)
             self.live.saw(now, seen)
             await self._read(visitor, seen, now)
-        except (ClusterError, RemoteProtocolError) as error:
+        except AiosgdError as error:
             self._histories.pop(place, None)
             self.live.saw(now, Seen(place=place, address=address, error=str(error)))
 
@@ -146,7 +147,8 @@ class Watch:
         _, content = await visitor.copy(trace.job_id, entry.node, weights=False)
         trace.end(entry.node, _unpacked(entry.node, content))
         if trace.job is None and content.get("job") is not None:
-            trace.job, trace.facts = from_dict(content["job"]), content["run"]
+            job, run = (check_value(content[name], dict[str, Any], name) for name in ("job", "run"))
+            trace.job, trace.facts = from_dict(job), run
         self.live.changed()
 
 
