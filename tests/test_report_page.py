@@ -424,6 +424,13 @@ def test_an_axis_has_a_few_ticks_that_say_where_they_are(seed):
             assert told == pytest.approx(value, rel=6e-3, abs=1e-3 * (axis.high - axis.low))
 
 
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (1, 3), (0, 7), (1, 440), (12, 12)])
+def test_steps_and_epochs_have_whole_ticks(low, high):
+    ticks = Axis.over([np.array([low, high], float)], "whole").ticks()
+    assert all(value == round(value) and text.isdecimal() for value, text in ticks)
+    assert len(ticks) >= 2
+
+
 @pytest.mark.parametrize("values", [[], [0.0], [3.0], [-2.0, -2.0], [0.0, 0.0], [1e-300, 1e299]])
 def test_an_axis_of_whatever_there_is_has_ends(values):
     axis = Axis.over([np.array(values, float)]).rounded()
@@ -516,6 +523,25 @@ def test_links_are_read_from_both_ends(make):
     }
 
 
+def test_of_many_nodes_the_links_are_a_picture(page_of):
+    count = sections.TABLED + 1
+    logs = {
+        node: "".join(
+            link(f"worker {peer}", (1, 1000 * (peer == node + 1)), (1, 1000 * (peer == node - 1)))
+            for peer in range(count)
+            if peer != node
+        )
+        for node in range(count)
+    }
+    shown = page_of(logs=logs, summary=summary_of(count))
+    assert not shown.all("table", "matrix")
+    [most, nothing] = [
+        next(a["d"] for a in shown.all("path", f"heat {shade}")) for shade in ("h10", "h0")
+    ]
+    assert most.count("M") == count - 1  # from each to the next
+    assert sum(map(int, re.findall(r"h(\d+)v1", most + nothing))) == count**2
+
+
 def test_without_lines_about_links_there_is_no_table_of_them(page_of):
     shown = page_of(
         logs={0: "2026-01-02 03:04:05,678 INFO she said: link to worker 1 over tcp: ..."}
@@ -570,6 +596,11 @@ def test_a_codec_without_a_topology_has_no_picture(page_of, make):
     assert not page_of().all("svg", "circle")
     mine = run.read(make("two", job=JobConfig(codec="mine.py:Mine", workers=2)))
     assert 'class="circle' not in page.page([mine])
+
+
+def test_a_worker_that_is_alone_in_an_epoch_has_no_distance(make):
+    one = run.read(make(apart=[(0, 2, 0.5, 0.75), (1, 1, 0.0, 0.0)]))
+    assert curves.apart(one, "step").mean.tolist() == [0.5]
 
 
 def test_a_topology_that_is_not_installed_here_is_told(page_of):
@@ -771,7 +802,7 @@ def test_a_picture_without_matplotlib_names_what_to_install(aiosgd, make, monkey
     code, out, error = aiosgd("report", "one", "--format", "png")
     assert (code, out) == (2, "")
     assert error == (
-        "aiosgd: --format png needs matplotlib, which is not installed: pip install 'aiosgd[docs]'\n"
+        "aiosgd: --format png needs matplotlib, which is not installed: pip install 'aiosgd[plots]'\n"
     )
     assert not publish.Path("one/report.png").exists()
 
@@ -840,3 +871,7 @@ def test_a_simulated_run_has_a_page_of_its_own_numbers(aiosgd, tmp_path):
     assert "simulated on lan" in shown.text
     assert len(shown.all("svg", "strip")) == 3
     assert len(shown.all("path", "edge")) == 3
+    # who sent what to whom adds up to what all nodes sent
+    told = re.findall(r"worker \d to worker \d: \d+ messages, ([\d,]+) bytes", shown.source)
+    assert len(told) == 6
+    assert sum(int(text.replace(",", "")) for text in told) == summary["bytes_sent"]

@@ -32,8 +32,8 @@ TAIL_BYTES = 65_536
 LINK_BYTES = 1_048_576
 
 _LINK = re.compile(
-    r"^\S+ \S+ INFO link to (?:worker|server) (-?\d{1,9}) over \S+: sent (\d{1,18}) messages, "
-    r"(\d{1,18}) bytes; received (\d{1,18}), (\d{1,18}) bytes;",
+    r"^\S+ (?:\S+ INFO )?link to (?:worker|server) (-?\d{1,9}) over \S+: sent (\d{1,18}) messages, "
+    r"(\d{1,18}) bytes; received (\d{1,18}), (\d{1,18}) bytes(?:;|$)",
     re.MULTILINE,
 )
 # what a float still counts one by one; and more seconds than there were
