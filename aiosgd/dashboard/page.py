@@ -192,8 +192,13 @@ def _listed(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
     """Return a table; columns that say nothing are left out."""
     shown = [i for i in range(len(names)) if any(row[i] for row in rows)]
     head = tag("tr", [tag("th", names[i], scope="col") for i in shown])
+    kinds = [name if name == "why" else None for name in names]
     body = [
-        tag("tr", tag("th", row[0], scope="row"), [tag("td", row[i]) for i in shown[1:]])
+        tag(
+            "tr",
+            tag("th", row[0], scope="row"),
+            [tag("td", row[i], class_=kinds[i]) for i in shown[1:]],
+        )
         for row in rows
     ]
     table = tag("table", tag("thead", head), tag("tbody", body), class_="nodes")

@@ -298,7 +298,7 @@ def _columns(ends: Sequence[_End]) -> list[list[_End]]:
 
 def _column(ends: Sequence[_End]) -> list[Html]:
     ends = sorted(ends, key=lambda end: end[0])
-    tops = _apart([top for top, _, _ in ends], 12, TOP + 4, HEIGHT - BOTTOM)
+    tops = _apart([top for top, _, _ in ends], 12, TOP + 4, HEIGHT - BOTTOM - 4)
     return [
         tag("text", one.label, x=_number(left + 5), y=_number(top), dy="0.35em",
             class_=f"label {_colour(one)}")

@@ -373,11 +373,10 @@ def _bars(rows: Sequence[tuple[str, float, float]], most: float) -> Html:
 
 
 def _bar(amount: float, most: float, class_: str) -> Html:
-    """Return a bar and its size in words, for which the last fifth has room."""
-    share = 0.8 * max(amount, 0) / most
-    bar = tag("rect", width=f"{100 * share:.2f}%", height=12, y=4, rx=2, class_=f"bar {class_}")
-    words = tag("text", size(amount), x=f"{100 * share:.2f}%", dx=6, y=14)
-    return tag("svg", bar, words, class_="size")
+    """Return a bar and, in a column of its own, its size in words."""
+    width = f"{100 * max(amount, 0) / most:.2f}%"
+    bar = tag("svg", tag("rect", width=width, height=12, y=4, rx=2, class_=f"bar {class_}"))
+    return tag("div", bar, tag("span", size(amount)), class_="size")
 
 
 def _matrix(run: Run) -> Html | None:
@@ -388,6 +387,9 @@ def _matrix(run: Run) -> Html | None:
     most = max(sent for _, sent in run.links.values()) or 1
     cells = {link: sent / most for link, (_, sent) in run.links.items()}
     unit = "" if len(nodes) <= NAMED else f", as shares of the most: {size(most)}"
+    if len(nodes) > TABLED:
+        ends = f"{node_name(nodes[0])} to {node_name(nodes[-1])}"
+        unit += f". A row for each sender, a column for each receiver, {ends}"
     return join(
         tag("h3", "Who sent what to whom"),
         tag("p", f"Bytes on each link, headers included{unit}.", class_="note"),
