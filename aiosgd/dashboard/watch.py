@@ -94,8 +94,10 @@ class Watch:
         try:
             visitor = await self._asking.visitor(address)
             seen = await self._see(visitor, place, address)
-            self.live.saw(now, seen)
+            if not self.live.seen[place].error:
+                self.live.saw(now, seen)
             await self._read(visitor, seen, now)
+            self.live.saw(now, seen)  # what was wrong with it is mended once all of it is right
         except AiosgdError as error:
             self._histories.pop(place, None)
             self.live.saw(now, Seen(place=place, address=address, error=str(error)))

@@ -51,7 +51,7 @@ def piece(node, first, last, *, epochs=(), log=b"", sent=0):
         bytes_received=90 * last,
     )
     sketches = np.full((len(epochs), SKETCH), float(node))
-    return Collected(train, tests, log, None, sketches, figures, None)
+    return Collected(train, tests, log, None, sketches, figures, None, {})
 
 
 @pytest.fixture
