@@ -29,7 +29,7 @@ from typing import (
 
 import typer
 
-from aiosgd import cli_jobs
+from aiosgd import cli_dashboard, cli_jobs
 from aiosgd.errors import AiosgdError, ConfigError, JobCancelledError, JobFailedError
 from aiosgd.runtime.config import JobConfig
 
@@ -811,6 +811,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 cli_jobs.register(app, _reported, _shown, _print_outcome)
+cli_dashboard.register(app, _reported)
 
 
 new = typer.Typer(

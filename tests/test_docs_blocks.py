@@ -77,7 +77,7 @@ def test_every_block_is_of_a_known_kind_and_every_reason_is_given(page):
     for block in blocks.blocks_of(page):
         assert block.language in blocks.RUNNABLE + blocks.SHOWN, block.place
         assert block.marks.get("not run") != "", block.place
-        assert block.marks.get("extra", "docs") in EXTRAS, block.place
+        assert block.marks.get("extra", "dev") in EXTRAS, block.place
 
 
 # The runner itself ----------------------------------------------------------------------------

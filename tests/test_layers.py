@@ -43,6 +43,8 @@ LAYERS = [
     "aiosgd.bench.wire aiosgd.bench.jobs",
     "aiosgd.bench.calibrate aiosgd.testing",
     "aiosgd.cli_jobs aiosgd.runtime.supervisor aiosgd.report.* aiosgd.scaffold.*",
+    "aiosgd.dashboard.*",
+    "aiosgd.cli_dashboard",
     "aiosgd.cli",
     "aiosgd.__main__",
 ]
@@ -85,10 +87,12 @@ DOERS = {"asyncio", "socket", "selectors", "threading", "time", "random", "loggi
 DOORS = {
     "msgpack": {"aiosgd.runtime.frame"},
     "msgpack_numpy": {"aiosgd.runtime.frame"},
-    "typer": {"aiosgd.cli", "aiosgd.cli_jobs"},
+    "typer": {"aiosgd.cli", "aiosgd.cli_dashboard", "aiosgd.cli_jobs"},
     "rich": {"aiosgd.display"},
     "uvloop": {"aiosgd.cli"},
     "safetensors": {"aiosgd.runtime.results", "aiosgd.runtime.checkpoint"},
+    "starlette": {"aiosgd.dashboard.server"},
+    "uvicorn": {"aiosgd.dashboard.server"},
     "zstandard": {"aiosgd.plugins.compressors.lossless"},
     "tomli_w": {"aiosgd.runtime.results"},
     **{name: {f"aiosgd.plugins.trackers.{name}"} for name in ("tensorboard", "mlflow", "wandb")},
@@ -143,7 +147,7 @@ def layer(module: str) -> int:
 def family(module: str) -> str:
     """A folder below `plugins` or `runtime` is one room, and so is `check`."""
     parts = module.split(".")
-    return ".".join(parts[: 2 if parts[1:2] in (["check"], ["report"]) else 3])
+    return ".".join(parts[: 2 if parts[1:2] in (["check"], ["report"], ["dashboard"]) else 3])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from aiosgd import cli
 from aiosgd.errors import ConfigError
 from aiosgd.plugins.trackers import Csv
-from aiosgd.report import charts, curves, facts, page, picture, publish, run
+from aiosgd.report import charts, curves, facts, page, picture, publish, run, sections
 from aiosgd.report.charts import Axis
 from aiosgd.report.markup import Html, join, tag
 from aiosgd.runtime import results
@@ -147,7 +147,7 @@ def check_self_contained(shown):
             assert key not in attributes, (name, attributes)
         for value in attributes.values():
             assert all(one.startswith("#") for one in re.findall(r"url\(([^)]*)\)", value or ""))
-        assert not any(key.startswith("on") for key in attributes)
+        assert not any(key.startswith("on") or key == "style" for key in attributes)
     style, script = shown.element("style"), shown.element("script")
     assert not re.search(r"url\(|@import|//", style)
     words = script.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
@@ -165,12 +165,13 @@ def test_a_page_of_several_runs_refers_to_nothing_outside_of_it(make):
     check_self_contained(Page(page.page(runs)))
 
 
-def test_the_policy_allows_the_script_of_this_page_alone(page_of):
+def test_the_policy_allows_the_script_and_the_style_of_this_page_alone(page_of):
     shown = page_of()
     policy = next(a["content"] for a in shown.all("meta") if "http-equiv" in a)
-    digest = base64.b64encode(hashlib.sha256(shown.element("script").encode()).digest()).decode()
-    assert "default-src 'none'" in policy
-    assert f"script-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'; ")
+    for name in ("style", "script"):
+        digest = base64.b64encode(hashlib.sha256(shown.element(name).encode()).digest()).decode()
+        assert f"{name}-src 'sha256-{digest}'" in policy
 
 
 def test_every_setting_of_the_switches_has_its_charts(page_of):
@@ -258,7 +259,7 @@ def test_a_node_whose_log_did_not_come_back_is_named_all_the_same(page_of):
     reason = "worker 7 lost: no heartbeat for 5 s"
     text = page_of(summary=summary_of(state="failed", error=reason)).text
     assert "Log of worker 7" in text
-    assert "It is not in the folder" in text
+    assert "It did not come back" in text
 
 
 def test_a_cancelled_run_and_one_that_lost_a_worker_say_so(page_of, make):
@@ -396,9 +397,8 @@ def test_a_page_of_a_long_run_is_small():
     rows.time_s += rng.uniform(0, 0.05, len(rows))
     rows.compute_s, rows.wait_s = rng.uniform(0, 0.05, (2, len(rows)))
     one = run.Run(
-        folder=publish.Path(), job=JobConfig(workers=8), facts={}, summary=summary_of(8),
+        job=JobConfig(workers=8), facts={}, summary=summary_of(8),
         train=rows, eval=eval_rows(8, 500), consensus=np.empty(0, CONSENSUS).view(np.recarray),
-        missing=(),
     )  # fmt: skip
     assert len(page.page([one]).encode()) < 1_000_000
     assert len(page.page([one] * 3).encode()) < 3_000_000
@@ -422,6 +422,13 @@ def test_an_axis_has_a_few_ticks_that_say_where_they_are(seed):
         for value, text in ticks:
             told = float(text.replace(",", "")) * axis.factor
             assert told == pytest.approx(value, rel=6e-3, abs=1e-3 * (axis.high - axis.low))
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (1, 3), (0, 7), (1, 440), (12, 12)])
+def test_steps_and_epochs_have_whole_ticks(low, high):
+    ticks = Axis.over([np.array([low, high], float)], "whole").ticks()
+    assert all(value == round(value) and text.isdecimal() for value, text in ticks)
+    assert len(ticks) >= 2
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [3.0], [-2.0, -2.0], [0.0, 0.0], [1e-300, 1e299]])
@@ -481,10 +488,17 @@ def test_of_many_workers_the_slowest_have_a_row_and_the_others_share_one(page_of
     rows = train_rows(50, 2)
     rows.compute_s[rows.node == 49] = 0.045
     shown = page_of(train=rows, summary=summary_of(50))
-    assert len(shown.all("svg", "strip")) == 33
-    assert "18 others: compute 20%, wait 50%, rest 30%" in shown.text
-    assert "worker 49: compute 45%" in shown.text
-    assert shown.text.count("18 others, mean") == 1  # of the traffic
+    always, folded = shown.source.split("40 more workers")
+    assert (always.count('class="strip"'), folded.count('class="strip"')) == (sections.ROWS, 40)
+    assert "worker 49: compute 45%" in always
+
+
+def test_of_very_many_workers_the_fastest_share_a_row(page_of):
+    rows = train_rows(100, 2)
+    shown = page_of(train=rows, summary=summary_of(100))
+    assert len(shown.all("svg", "strip")) == sections.NODES + 1
+    assert "36 others: compute 20%, wait 50%, rest 30%" in shown.text
+    assert shown.text.count("36 others, mean") == 1  # of the traffic
 
 
 # Traffic, staleness, topology ------------------------------------------------------------------
@@ -501,12 +515,31 @@ def link(peer, sent, received):
 def test_links_are_read_from_both_ends(make):
     logs = {0: link("worker 1", (3, 300), (4, 400)), -1: link("worker 0", (5, 500), (6, 600))}
     one = run.read(make(logs=logs))
-    assert one.links() == {(0, 1): (3, 300), (1, 0): (4, 400), (-1, 0): (5, 500), (0, -1): (6, 600)}
+    assert one.links == {(0, 1): (3, 300), (1, 0): (4, 400), (-1, 0): (5, 500), (0, -1): (6, 600)}
     shown = Page(page.page([one]))
     assert {a.get("title") for a in shown.all("td")} >= {
         "worker 0 to worker 1: 3 messages, 300 bytes",
         "server -1 to worker 0: 5 messages, 500 bytes",
     }
+
+
+def test_of_many_nodes_the_links_are_a_picture(page_of):
+    count = sections.TABLED + 1
+    logs = {
+        node: "".join(
+            link(f"worker {peer}", (1, 1000 * (peer == node + 1)), (1, 1000 * (peer == node - 1)))
+            for peer in range(count)
+            if peer != node
+        )
+        for node in range(count)
+    }
+    shown = page_of(logs=logs, summary=summary_of(count))
+    assert not shown.all("table", "matrix")
+    [most, nothing] = [
+        next(a["d"] for a in shown.all("path", f"heat {shade}")) for shade in ("h10", "h0")
+    ]
+    assert most.count("M") == count - 1  # from each to the next
+    assert sum(map(int, re.findall(r"h(\d+)v1", most + nothing))) == count**2
 
 
 def test_without_lines_about_links_there_is_no_table_of_them(page_of):
@@ -563,6 +596,11 @@ def test_a_codec_without_a_topology_has_no_picture(page_of, make):
     assert not page_of().all("svg", "circle")
     mine = run.read(make("two", job=JobConfig(codec="mine.py:Mine", workers=2)))
     assert 'class="circle' not in page.page([mine])
+
+
+def test_a_worker_that_is_alone_in_an_epoch_has_no_distance(make):
+    one = run.read(make(apart=[(0, 2, 0.5, 0.75), (1, 1, 0.0, 0.0)]))
+    assert curves.apart(one, "step").mean.tolist() == [0.5]
 
 
 def test_a_topology_that_is_not_installed_here_is_told(page_of):
@@ -764,7 +802,7 @@ def test_a_picture_without_matplotlib_names_what_to_install(aiosgd, make, monkey
     code, out, error = aiosgd("report", "one", "--format", "png")
     assert (code, out) == (2, "")
     assert error == (
-        "aiosgd: --format png needs matplotlib, which is not installed: pip install 'aiosgd[docs]'\n"
+        "aiosgd: --format png needs matplotlib, which is not installed: pip install 'aiosgd[plots]'\n"
     )
     assert not publish.Path("one/report.png").exists()
 
@@ -833,3 +871,7 @@ def test_a_simulated_run_has_a_page_of_its_own_numbers(aiosgd, tmp_path):
     assert "simulated on lan" in shown.text
     assert len(shown.all("svg", "strip")) == 3
     assert len(shown.all("path", "edge")) == 3
+    # who sent what to whom adds up to what all nodes sent
+    told = re.findall(r"worker \d to worker \d: \d+ messages, ([\d,]+) bytes", shown.source)
+    assert len(told) == 6
+    assert sum(int(text.replace(",", "")) for text in told) == summary["bytes_sent"]

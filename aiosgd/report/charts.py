@@ -5,9 +5,10 @@ Colours are classes of the page's style sheet, so that a chart follows its light
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -16,7 +17,7 @@ from aiosgd.plugins.topologies import Graph
 from aiosgd.report.curves import Curve, Floats
 from aiosgd.report.markup import Html, tag
 
-Scale: TypeAlias = Literal["plain", "seconds", "bytes"]
+Scale: TypeAlias = Literal["plain", "whole", "seconds", "bytes"]
 
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 48, 50, 10, 36
@@ -44,6 +45,7 @@ class Axis:
         low, high: its ends.
         factor, unit: values are written as so many of a unit.
         is_log: whether equal factors take equal room.
+        is_whole: whether values between whole numbers mean nothing.
     """
 
     low: float
@@ -51,6 +53,7 @@ class Axis:
     factor: float = 1.0
     unit: str = ""
     is_log: bool = False
+    is_whole: bool = False
 
     @classmethod
     def over(
@@ -79,7 +82,7 @@ class Axis:
         if high - low <= 1e-12 * max(abs(low), abs(high), _TINY):
             low, high = (0.0, 1.0) if abs(low) < _TINY else (low - abs(low), low + abs(low))
         factor, unit = next((one for one in units if high >= one[0]), units[-1])
-        return cls(low, high, factor, unit, log)
+        return cls(low, high, factor, unit, log, scale == "whole")
 
     def rounded(self) -> Axis:
         """Return the axis with its ends at ticks."""
@@ -90,11 +93,12 @@ class Axis:
             math.floor(self.low / step + 1e-9) * step,
             math.ceil(self.high / step - 1e-9) * step,
         )
-        return Axis(low, high, self.factor, self.unit)
+        return replace(self, low=low, high=high)
 
     def _step(self) -> float:
         """Return a distance of ticks: 1, 2 or 5 times a power of ten of the unit."""
         raw = (self.high / self.factor - self.low / self.factor) / TICKS
+        raw = max(raw, 1.0) if self.is_whole else raw
         power = 10.0 ** math.floor(math.log10(raw))
         return self.factor * power * next(m for m in (1, 2, 5, 10, 20) if m * power >= raw * 0.999)
 
@@ -294,7 +298,7 @@ def _columns(ends: Sequence[_End]) -> list[list[_End]]:
 
 def _column(ends: Sequence[_End]) -> list[Html]:
     ends = sorted(ends, key=lambda end: end[0])
-    tops = _apart([top for top, _, _ in ends], 12, TOP + 4, HEIGHT - BOTTOM)
+    tops = _apart([top for top, _, _ in ends], 12, TOP + 4, HEIGHT - BOTTOM - 4)
     return [
         tag("text", one.label, x=_number(left + 5), y=_number(top), dy="0.35em",
             class_=f"label {_colour(one)}")
@@ -492,8 +496,7 @@ def matrix(
 
     def cell(row: int, column: int) -> Html:
         share, text, more = cells.get((row, column), (0.0, "", ""))
-        style = f"background:rgba(0,114,178,{0.55 * share:.2f})" if text else None
-        return tag("td", text, style=style, title=more or None)
+        return tag("td", text, class_=_shade(share) if text else None, title=more or None)
 
     head = tag("tr", tag("th", "from \\ to"), [tag("th", names[n], scope="col") for n in nodes])
     rows = [
@@ -501,3 +504,35 @@ def matrix(
         for row in nodes
     ]
     return tag("table", tag("thead", head), tag("tbody", rows), class_="matrix")
+
+
+def _shade(share: float) -> str:
+    """Return the class of a share of the most: 0 to 10 of 10, and only nothing is 0."""
+    return f"h{math.ceil(10 * min(share, 1.0))}"
+
+
+def heat(nodes: Sequence[int], cells: Mapping[tuple[int, int], float], described: str) -> Html:
+    """Return the same for many nodes, as a picture: who sends is at the left.
+
+    Args:
+        nodes: rows and columns.
+        cells: (row, column) -> how dark it is, 0 to 1.
+        described: what it says, for those who do not see it.
+    """
+    paths: dict[str, list[str]] = {}
+    for y, row in enumerate(nodes):
+        shades = [_shade(cells.get((row, column), 0.0)) for column in nodes]
+        x = 0
+        for shade, same in itertools.groupby(shades):
+            width = len(list(same))
+            paths.setdefault(shade, []).append(f"M{x} {y}h{width}v1h-{width}z")
+            x += width
+    count = len(nodes)
+    return tag(
+        "svg",
+        tag("title", described),
+        [tag("path", d="".join(parts), class_=f"heat {shade}") for shade, parts in paths.items()],
+        viewBox=f"0 0 {count} {count}",
+        role="img",
+        class_="circle",
+    )

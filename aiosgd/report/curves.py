@@ -97,8 +97,11 @@ def testing(run: Run, column: Literal["loss", "accuracy"], by: By) -> Curve:
 
 
 def apart(run: Run, by: By) -> Curve:
-    """Return the consensus distance: its mean, and the largest as the band's end."""
-    rows = run.consensus
+    """Return the consensus distance: its mean, and the largest as the band's end.
+
+    Epochs that a single worker has ended say nothing, and are left out.
+    """
+    rows = run.consensus[run.consensus.workers > 1]
     mean, most = (reduce(rows.epoch + 1.0, np.asarray(rows[n], float)) for n in ("mean", "max"))
     if len(mean.x) != len(most.x):
         most = mean
@@ -110,7 +113,8 @@ def _moved(run: Run, curve: Curve, rows: Table, by: By) -> Curve:
     if by == "step" or not len(rows):
         return curve
     times = reduce(rows.epoch + 1.0, np.asarray(rows.time_s, float), len(rows))
-    x = np.interp(curve.x, times.x, times.mean)
+    # workers that end early leave the mean of the others, which may be earlier
+    x = np.maximum.accumulate(np.interp(curve.x, times.x, times.mean))
     if by == "bytes":
         x = sent_by(run, x)
     return Curve(x, curve.mean, curve.low, curve.high)

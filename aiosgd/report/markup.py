@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 # without an end tag in HTML
-_VOID = {"meta", "input", "br"}
+_VOID = {"meta", "input", "br", "link"}
 # characters that no HTML text may have; a log can have them all the same
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 

@@ -26,7 +26,7 @@ def picture(runs: Sequence[Run]) -> bytes:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise ConfigError(
-            "--format png needs matplotlib, which is not installed: pip install 'aiosgd[docs]'"
+            "--format png needs matplotlib, which is not installed: pip install 'aiosgd[plots]'"
         ) from error
     figure = figures.Figure(figsize=(12, 6.5), layout="constrained")
     grid = figure.subplots(2, len(BYS))

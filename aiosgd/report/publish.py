@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from aiosgd.errors import ConfigError
-from aiosgd.report.page import LETTERS, page
+from aiosgd.report.page import page
 from aiosgd.report.picture import picture
 from aiosgd.report.run import read
+from aiosgd.report.sections import LETTERS
 
 Format: TypeAlias = Literal["html", "png"]
 

@@ -7,7 +7,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +23,7 @@ from aiosgd.runtime.results import CONSENSUS, EVAL, TRAIN, Summary
 
 Table: TypeAlias = np.recarray[Any, Any]
 Links: TypeAlias = dict[tuple[int, int], tuple[int, int]]
+"""(sender, receiver) -> messages, bytes."""
 
 # of a log, what a page shows, and what it reads to find it
 TAIL_LINES = 40
@@ -31,8 +32,8 @@ TAIL_BYTES = 65_536
 LINK_BYTES = 1_048_576
 
 _LINK = re.compile(
-    r"^\S+ \S+ INFO link to (?:worker|server) (-?\d{1,9}) over \S+: sent (\d{1,18}) messages, "
-    r"(\d{1,18}) bytes; received (\d{1,18}), (\d{1,18}) bytes;",
+    r"^\S+ (?:\S+ INFO )?link to (?:worker|server) (-?\d{1,9}) over \S+: sent (\d{1,18}) messages, "
+    r"(\d{1,18}) bytes; received (\d{1,18}), (\d{1,18}) bytes(?:;|$)",
     re.MULTILINE,
 )
 # what a float still counts one by one; and more seconds than there were
@@ -42,21 +43,24 @@ _NODE = re.compile(r"\b(?:worker (\d{1,9})|server (-\d{1,9}))\b")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run's folder, read and checked.
+    """What there is of a run, checked; of one that goes on, so far.
 
     Attributes:
         facts: what describes the run: [run] of job.toml.
         missing: tables that are not there; they count as empty.
+        links: what went over each link; of both ends' counts, the sender's.
+        logs: the ends of logs, of a run that did not end well: of nodes, and None of the submitter.
     """
 
-    folder: Path
     job: JobConfig
     facts: Mapping[str, Any]
     summary: Summary
     train: Table
     eval: Table
     consensus: Table
-    missing: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    links: Links = field(default_factory=dict)
+    logs: Mapping[int | None, str] = field(default_factory=dict)
 
     @property
     def workers(self) -> int:
@@ -80,32 +84,7 @@ class Run:
     @property
     def culprit(self) -> int | None:
         """The node that the reason of a failure names first, if it names any."""
-        found = _NODE.search(self.summary.error or "")
-        return int(found[1] or found[2]) if found else None
-
-    def tail(self, *names: str) -> str | None:
-        """Return the last lines of a log in the folder; None if there is no such log."""
-        text = _end(self.folder.joinpath(*names), TAIL_BYTES)
-        return None if text is None else "\n".join(text.splitlines()[-TAIL_LINES:])
-
-    def links(self) -> Links:
-        """Return what went over each link: (sender, receiver) -> messages, bytes.
-
-        Both ends count; the sender's word is taken where there is any.
-        """
-        sent: Links = {}
-        received: Links = {}
-        for node in self._logging_nodes():
-            log = _end(self.folder / "nodes" / str(node) / "node.log", LINK_BYTES) or ""
-            for found in _LINK.finditer(log):
-                peer, out, out_bytes, back, back_bytes = map(int, found.groups())
-                sent[node, peer] = out, out_bytes
-                received[peer, node] = back, back_bytes
-        return received | sent
-
-    def _logging_nodes(self) -> list[int]:
-        names = [path.parent.name for path in self.folder.glob("nodes/*/node.log")]
-        return sorted(int(name) for name in names if re.fullmatch(r"-?\d{1,9}", name))
+        return culprit(self.summary)
 
     def graph(self) -> Graph | None:
         """Return who exchanged with whom, where the codec has a topology.
@@ -146,7 +125,6 @@ def read(folder: Path) -> Run:
     summary, job = results.read_summary(folder), results.read_job(folder)
     names = ("train", "eval", "consensus")
     return Run(
-        folder=folder,
         job=job,
         facts=_facts(folder / "job.toml"),
         summary=summary,
@@ -154,7 +132,20 @@ def read(folder: Path) -> Run:
         eval=_table(folder, "eval"),
         consensus=_consensus(folder / "consensus.csv"),
         missing=tuple(f"{n}.csv" for n in names if not (folder / f"{n}.csv").exists()),
+        links=_links(folder),
+        logs={} if summary.state == "done" else _logs(folder, culprit(summary)),
     )
+
+
+def culprit(summary: Summary) -> int | None:
+    """Return the node that the reason of a failure names first, if it names any."""
+    found = _NODE.search(summary.error or "")
+    return int(found[1] or found[2]) if found else None
+
+
+def last_lines(text: str) -> str:
+    """Return the end of a log."""
+    return "\n".join(text.splitlines()[-TAIL_LINES:])
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -167,19 +158,27 @@ def _table(folder: Path, name: Literal["train", "eval"]) -> Table:
     if not (folder / f"{name}.csv").exists():
         return np.empty(0, {"train": TRAIN, "eval": EVAL}[name]).view(np.recarray)
     table = results.read_table(folder, name)
-    _check(table, folder / f"{name}.csv")
+    check_table(table, str(folder / f"{name}.csv"))
     return table
 
 
-def _check(table: Table, path: Path) -> None:
-    """Refuse a table with what cannot be; losses and accuracies may be anything."""
+def check_table(table: Table, source: str) -> None:
+    """Refuse a table with what cannot be; losses and accuracies may be anything.
+
+    Args:
+        table: rows of train.csv or eval.csv.
+        source: where it comes from.
+
+    Raises:
+        ConfigError: the message names the line that it would have in a file.
+    """
     for name in table.dtype.names or ():
         if name in ("node", "loss", "accuracy"):
             continue
         least = -_MOST if name == "staleness" else 0  # results may be ahead
         wrong = np.flatnonzero((table[name] < least) | (table[name] > _MOST))
         if len(wrong):
-            place, value = f"{path}:{wrong[0] + 2}: {name}", table[name][wrong[0]]
+            place, value = f"{source}:{wrong[0] + 2}: {name}", table[name][wrong[0]]
             raise ConfigError(f"{place} is {value}; expected {least} to {_MOST}")
 
 
@@ -206,3 +205,35 @@ def _end(path: Path, count: int) -> str | None:
         return None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _logs(folder: Path, node: int | None) -> dict[int | None, str]:
+    """Return the ends of a node's log and of the submitter's, as far as they are there."""
+    names: dict[int | None, str] = {None: "submit.log"}
+    names |= {} if node is None else {node: f"nodes/{node}/node.log"}
+    texts = {whose: _end(folder / name, TAIL_BYTES) for whose, name in names.items()}
+    return {whose: last_lines(text) for whose, text in texts.items() if text is not None}
+
+
+def _links(folder: Path) -> Links:
+    sent: Links = {}
+    received: Links = {}
+    for node in _logging_nodes(folder):
+        log = _end(folder / "nodes" / str(node) / "node.log", LINK_BYTES) or ""
+        for link, counts in links_in(node, log).items():
+            (sent if link[0] == node else received)[link] = counts
+    return received | sent
+
+
+def links_in(node: int, log: str) -> Links:
+    """Return what a node's log says of its links, both ways."""
+    found: Links = {}
+    for line in _LINK.finditer(log):
+        peer, out, out_bytes, back, back_bytes = map(int, line.groups())
+        found[node, peer], found[peer, node] = (out, out_bytes), (back, back_bytes)
+    return found
+
+
+def _logging_nodes(folder: Path) -> list[int]:
+    names = [path.parent.name for path in folder.glob("nodes/*/node.log")]
+    return sorted(int(name) for name in names if re.fullmatch(r"-?\d{1,9}", name))

@@ -234,7 +234,7 @@ def read_copy(folder: Path, *, weights: bool) -> dict[str, Any]:
         "shapes": shapes,
         "lead_log": _bytes(folder / "lead.log"),
         "checkpoints": checkpoint.steps(folder / CHECKPOINTS),
-        **(_readable(_job, folder) or {"job": None, "run": None, "sources": []}),
+        **(_readable(_whole_job, folder) or {"job": None, "run": None, "sources": []}),
     }
 
 
@@ -287,13 +287,23 @@ def _state(folder: Path, shapes: Sequence[Sequence[Any]]) -> dict[str, Array]:
     return {name: array for name, array in named.items() if name not in weights}
 
 
-def _job(folder: Path) -> dict[str, Any]:
+def read_job(folder: Path) -> dict[str, Any]:
+    """Return `job` and `run`: what was run, the tables of job.toml.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
     job = results.read_job(folder)
     run = TomlSource(folder / "job.toml").table("run")
     if "job_id" not in run:  # an empty file would be a job of defaults alone
         raise ConfigError(f"{folder / 'job.toml'} has no [run] job_id")
-    sources = [[name, _bytes(folder / f"codec_{i}.py")] for i, name in enumerate(file_code(job))]
-    return {"job": to_dict(job), "run": dict(run), "sources": sources}
+    return {"job": to_dict(job), "run": dict(run)}
+
+
+def _whole_job(folder: Path) -> dict[str, Any]:
+    facts, names = read_job(folder), file_code(results.read_job(folder))
+    sources = [[name, _bytes(folder / f"codec_{i}.py")] for i, name in enumerate(names)]
+    return {**facts, "sources": sources}
 
 
 def as_array(content: bytes) -> Array:

@@ -152,7 +152,7 @@ class Harvest:
             _check_complete(
                 node, content, recorded=self._load.job.record, model=node == self.source
             )
-        new, old = _unpack(node, content, self._load.model.size), self.collected.get(node)
+        new, old = unpack(node, content, self._load.model.size), self.collected.get(node)
         if not whole and old is not None:
             new = dataclasses.replace(old, log=new.log)
         self.collected[node] = new
@@ -295,7 +295,7 @@ def _check_complete(node: int, content: Mapping[str, Any], *, recorded: bool, mo
             raise RemoteProtocolError(f"{name} is missing")
 
 
-def _unpack(node: int, content: Mapping[str, Any], size: int) -> Collected:
+def unpack(node: int, content: Mapping[str, Any], size: int) -> Collected:
     """Check what a node leaves; only its log is there in any case.
 
     Args:

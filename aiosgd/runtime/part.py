@@ -46,6 +46,9 @@ from aiosgd.runtime.workload import Workload, file_code, group_size, named_code
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # bytes that a message may have however small the model is
 SMALL_MODEL = 64 << 20
+# rows of a table at a time for whoever looks on: packed within a millisecond
+ROWS = 4096
+LINKS = ("peer", "messages_sent", "bytes_sent", "messages_received", "bytes_received")
 # how long a codec's hook may take to notice that it was cancelled
 LET_GO = 2.0
 
@@ -362,6 +365,21 @@ class Part:
             "record": self._recorder.rows.columns() if self._recorder else None,
             "stuck": self._stuck,
         }
+
+    def rows(self, train: int, evaluations: int) -> dict[str, Any]:
+        """Return what training has left so far, for whoever looks on.
+
+        Args:
+            train, evaluations: the first row of each table, of which there are `ROWS` at most.
+
+        Returns:
+            As `facts`, and `links`: a row per living peer, its id, and messages and bytes sent to
+            and received from it; before the session there is nothing but that.
+        """
+        table = self.mesh.statistics() if self.mesh else {}
+        links = np.array([table.get(name, []) for name in LINKS], np.int64).T
+        rows = self.session.rows(train, evaluations, ROWS) if self.session else {}
+        return {**rows, "links": np.ascontiguousarray(links)}
 
     def verdict(self, epoch: int, stop: bool) -> None:
         """Pass on whether training goes on after an epoch."""

@@ -246,6 +246,11 @@ class Rows:
         """
         self._bytes += self._row.pack(*values)
 
+    def extend(self, other: Rows) -> None:
+        """Add the rows of another table with the same columns."""
+        assert other.dtype == self.dtype
+        self._bytes += other._bytes
+
     def array(self) -> np.recarray[Any, Any]:
         """Return a copy of the table, of shape (rows,)."""
         return np.frombuffer(bytearray(self._bytes), self.dtype).view(np.recarray)
@@ -254,9 +259,16 @@ class Rows:
         """Return a copy of the rows after the first `count`."""
         return np.frombuffer(self._bytes[count * self._row.size :], self.dtype).view(np.recarray)
 
-    def columns(self) -> dict[str, Array]:
-        """Return the table as it goes over the wire: column name -> contiguous array."""
-        table = np.frombuffer(bytes(self._bytes), self.dtype)
+    def columns(self, first: int = 0, most: int | None = None) -> dict[str, Array]:
+        """Return the table as it goes over the wire: column name -> contiguous array.
+
+        Args:
+            first: the first row.
+            most: how many rows at most; None: all.
+        """
+        size = self._row.size
+        end = None if most is None else (first + most) * size
+        table = np.frombuffer(bytes(self._bytes[first * size : end]), self.dtype)
         return {name: table[name].copy() for name in _names(self.dtype)}
 
     @classmethod

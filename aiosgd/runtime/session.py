@@ -692,11 +692,23 @@ class Session:
             weights: whether to add the weights; a server has none before the start.
         """
         return {
-            "train": self.train.columns(),
-            "evaluations": self.evaluations.columns(),
-            "sketches": np.array(self.sketches).reshape(-1, SKETCH),
+            **self.rows(0, 0),
             "weights": self.weights if weights else None,
             "model_state": self.model_state if weights else None,
+        }
+
+    def rows(self, train: int, evaluations: int, most: int | None = None) -> dict[str, Any]:
+        """Return the rows that there are so far, and the node's own figures.
+
+        Args:
+            train, evaluations: the first row of each table.
+            most: how many rows of each at most; None: all.
+        """
+        end = None if most is None else evaluations + most
+        return {
+            "train": self.train.columns(train, most),
+            "evaluations": self.evaluations.columns(evaluations, most),
+            "sketches": np.array(self.sketches[evaluations:end]).reshape(-1, SKETCH),
             "figures": self.figures(),
         }
 

@@ -7,6 +7,11 @@ A link whose HELLO has the role "visitor" carries requests, one at a time; each 
     {"history": None}   {"history": its jobs, newest first: the fields of `archive.Entry`}
     {"log": job, "node": id, "from": offset}
                         {"state": as in the history, "log": what follows in the log, a piece of it}
+    {"job": job, "node": id}
+                        {"job": its options, "run": what describes it}: the tables of job.toml
+    {"rows": job, "node": id, "train": first, "evaluations": first}
+                        of a job under way, what training has left since these rows, some of it:
+                        `Part.rows`
     {"copy": job, "node": id, "weights": bool}
                         what `archive.read_copy` returns, beside the fields of `archive.Entry`
     {"cancel": job}     {"cancelled": whether the node's leader was told, or the node left the job}
@@ -282,6 +287,17 @@ class Visits:
                 not rest and 0 <= offset < 1 << 60
             ):
                 return await asyncio.to_thread(self._log, job_id, node, offset, self._running())
+            case {"job": str(job_id), "node": int(node), **rest} if not rest:
+                folder = archive.folder_of(self.node.run_dir, job_id, node)
+                return await asyncio.to_thread(archive.read_job, folder)
+            case {
+                "rows": str(job_id),
+                "node": int(node),
+                "train": int(train),
+                "evaluations": int(evaluations),
+                **rest,
+            } if not rest and 0 <= train < 1 << 40 and 0 <= evaluations < 1 << 40:
+                return self._part(job_id, node).rows(train, evaluations)
             case {"copy": str(job_id), "node": int(node), "weights": bool(weights), **rest} if (
                 not rest
             ):
@@ -295,6 +311,12 @@ class Visits:
 
     def _running(self) -> set[tuple[str, int]]:
         return {(part.job_id, part.node) for part in self.node.under_way}
+
+    def _part(self, job_id: str, node: int) -> Part:
+        for part in self.node.under_way:
+            if (part.job_id, part.node) == (job_id, node):
+                return part
+        raise ClusterError(f"job {job_id} does not run here as node {node}")
 
     def _log(
         self, job_id: str, node: int, offset: int, running: set[tuple[str, int]]
@@ -418,6 +440,18 @@ class Visitor:
         answer = await self._ask({"log": job_id, "node": node, "from": offset})
         with self._checked():
             return check_value(answer.get("state"), str, "state"), _octets(answer.get("log"))
+
+    async def job(self, job_id: str, node: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return a job's options, and what describes the run: the tables of its job.toml."""
+        answer = await self._ask({"job": job_id, "node": node})
+        with self._checked():
+            job, run = (check_value(answer.get(k), dict[str, Any], k) for k in ("job", "run"))
+            return job, run
+
+    async def rows(self, job_id: str, node: int, train: int, evaluations: int) -> dict[str, Any]:
+        """Return what training has left since some rows of each table; see `Part.rows`."""
+        request = {"rows": job_id, "node": node, "train": train, "evaluations": evaluations}
+        return await self._ask(request)
 
     async def copy(self, job_id: str, node: int, *, weights: bool) -> tuple[Entry, dict[str, Any]]:
         """Return how a job ended there, and all that it left."""

@@ -2,7 +2,7 @@
 
 Trains digits with every registered compressor, with and without error feedback, in simulations.
 
-    pip install -e '.[docs]' && python docs/studies/compression.py --cache rows.jsonl
+    pip install -e '.[plots]' && python docs/studies/compression.py --cache rows.jsonl
 
 Rows that the cache has are not computed again: delete it when a compressor has changed.
 """

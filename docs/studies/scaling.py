@@ -3,7 +3,7 @@
 Simulates the codecs where that takes seconds, checks formulas against the simulation, and draws
 the formulas up to 10,000 workers.
 
-    pip install -e '.[docs]' && python docs/studies/scaling.py
+    pip install -e '.[plots]' && python docs/studies/scaling.py
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ begin with the other leaders while its members still send.
 ## Do it again
 
 ```sh
-pip install -e '.[docs]'
+pip install -e '.[plots]'
 python docs/studies/scaling.py        # {minutes} minutes of one core; writes docs/scaling.md and docs/scaling.png
 ```
 """

@@ -8,11 +8,13 @@ import pytest
 
 from aiosgd import __version__, aio
 from aiosgd.errors import ClusterError, ConfigError, JobFailedError
-from aiosgd.runtime import archive, node, results, survey, visit
+from aiosgd.runtime import archive, node, part, results, survey, visit
 from aiosgd.runtime.config import Cluster
 from aiosgd.runtime.frame import Kind, encode
+from aiosgd.runtime.harvest import unpack
 from aiosgd.runtime.hello import greeting, introduce
 from aiosgd.runtime.job import Phase, Seat
+from aiosgd.runtime.results import EVAL, TRAIN, Rows
 from aiosgd.runtime.security import Security
 from aiosgd.runtime.visit import visiting
 
@@ -225,11 +227,44 @@ async def test_an_unknown_job_is_an_answer_and_no_path(running, job_id):
         for work in (
             visitor.log(job_id, 0, 0),
             visitor.copy(job_id, 0, weights=False),
+            visitor.job(job_id, 0),
+            visitor.rows(job_id, 0, 0, 0),
             visitor.cancel(job_id),
         ):
-            with pytest.raises(ClusterError, match=r"no copy of|job id is|does not run here"):
+            said = r"no copy of|job id is|does not run here|job\.toml cannot be read"
+            with pytest.raises(ClusterError, match=said):
                 await work
         assert (await visitor.status()).seat == "free"
+
+
+async def test_what_training_has_left_so_far_is_read_in_pieces(running, submitted, monkeypatch):
+    monkeypatch.setattr(part, "ROWS", 7)
+    async with (
+        running() as (_, one),
+        running() as (_, two),
+        submitted(one, two, **FOR_EVER) as (job_id, _),
+        visiting(one) as visitor,
+    ):
+        job, run = await visitor.job(job_id, 0)
+        assert (job["epochs"], run["job_id"], len(run["nodes"])) == (1_000_000, job_id, 2)
+        train, evaluations = Rows(TRAIN), Rows(EVAL)
+        async with asyncio.timeout(10):
+            while len(train) < 30 or not len(evaluations):
+                answer = await visitor.rows(job_id, 0, len(train), len(evaluations))
+                piece = unpack(0, {"log": np.empty(0, np.uint8), **answer}, 0)
+                assert len(piece.sketches) == len(piece.evaluations) <= len(piece.train) + 1 <= 8
+                train.extend(piece.train)
+                evaluations.extend(piece.evaluations)
+        assert train.array().step.tolist() == list(range(len(train)))
+        assert evaluations.array().epoch.tolist() == list(range(len(evaluations)))
+        assert piece.figures.samples > 0
+        [[peer, *counts]] = answer["links"].tolist()
+        assert peer == 1
+        assert min(counts) > 0
+        beyond = await visitor.rows(job_id, 0, 1 << 39, 1 << 39)
+        assert not any(len(beyond["train"][name]) for name in TRAIN.names)
+        with pytest.raises(ClusterError, match=f"job {job_id} does not run here as node 1"):
+            await visitor.rows(job_id, 1, 0, 0)
 
 
 # Who is answered, and what -----------------------------------------------------------------------
@@ -253,6 +288,11 @@ async def test_an_unknown_job_is_an_answer_and_no_path(running, job_id):
         {"log": UNKNOWN, "node": 0, "from": 1 << 62},
         {"copy": UNKNOWN, "node": 0},
         {"copy": UNKNOWN, "node": 0, "weights": 1},
+        {"job": UNKNOWN},
+        {"job": UNKNOWN, "node": "0"},
+        {"rows": UNKNOWN, "node": 0},
+        {"rows": UNKNOWN, "node": 0, "train": -1, "evaluations": 0},
+        {"rows": UNKNOWN, "node": 0, "train": 0, "evaluations": 1 << 40},
         {"cancel": None},
         {"order": "abort", "job_id": UNKNOWN},
         {"status": np.ones(4)},
@@ -345,6 +385,7 @@ async def test_nonsense_from_a_node_is_its_error(running, monkeypatch, answer):
             visitor.history(),
             visitor.log(UNKNOWN, 0, 0),
             visitor.copy(UNKNOWN, 0, weights=False),
+            visitor.job(UNKNOWN, 0),
             visitor.cancel(UNKNOWN),
         ):
             with pytest.raises(ClusterError, match=f"{address} answered nonsense"):

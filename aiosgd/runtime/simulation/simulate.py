@@ -22,7 +22,7 @@ from aiosgd.runtime import results
 from aiosgd.runtime.config import JobConfig
 from aiosgd.runtime.coordinator import Observer
 from aiosgd.runtime.harvest import End, Harvest, Outcome
-from aiosgd.runtime.job import Phase, server_ids
+from aiosgd.runtime.job import Phase, node_name, server_ids
 from aiosgd.runtime.session import Evaluation, News, Progress
 from aiosgd.runtime.simulation.guard import guard, modules_of, unguarded
 from aiosgd.runtime.simulation.loop import run_virtually
@@ -255,8 +255,21 @@ def _write(
     return Simulated(**vars(harvest.write(job_id, end)), trace=played.trace)
 
 
+def _links(world: World, node: int) -> list[str]:
+    """Return a line about each link of a node, as a real one writes it."""
+    traffic, now = world.transports[node].traffic, world.loop.time()
+    lines = []
+    for peer in sorted({peer for link in traffic for peer in link} - {node}):
+        (out, out_bytes), (back, back_bytes) = traffic[node, peer], traffic[peer, node]
+        lines.append(
+            f"{now:.6f} link to {node_name(peer)} over virtual: sent {out} messages, {out_bytes} "
+            f"bytes; received {back}, {back_bytes} bytes"
+        )
+    return lines
+
+
 def _left(world: World, node: int, *, weights: bool) -> dict[str, Any]:
     """Return what a node leaves, as a real one sends it to its submitter."""
-    log = "".join(f"{line}\n" for line in world.logs[node])
+    log = "".join(f"{line}\n" for line in [*world.logs[node], *_links(world, node)])
     facts_of_run = world.sessions[node].facts(weights=weights)
     return {**facts_of_run, "log": np.frombuffer(log.encode(), np.uint8)}

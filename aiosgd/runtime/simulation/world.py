@@ -92,11 +92,15 @@ class VirtualTransport:
     """One node's links: what a session sends and gets.
 
     Content is encoded and decoded as on the wire, once for all receivers of an envelope.
+
+    Attributes:
+        traffic: (sender, receiver) -> messages and bytes, of all links of this node.
     """
 
     def __init__(self, node: int, world: World) -> None:
         self.node = node
         self.bytes_sent = self.bytes_received = 0
+        self.traffic: defaultdict[tuple[int, int], list[int]] = defaultdict(lambda: [0, 0])
         self.deliver: Callable[[int, Any], None]
         self._world = world
         self._network = world.network
@@ -136,6 +140,7 @@ class VirtualTransport:
                 self._loop.call_soon(self.deliver, node, received)
                 continue
             self.bytes_sent += size
+            self._count(self.node, node, size)
             self._outstanding[node] += 1
             arrival = _Delivery(self.node, self._world.transports[node], received, size)
             self._network.send(self.node, node, size, arrival)
@@ -144,6 +149,7 @@ class VirtualTransport:
     def take(self, sender: int, content: Any, size: int) -> None:
         """Hand a message over that has arrived; a worker that waits for one wakes up first."""
         self.bytes_received += size
+        self._count(sender, self.node, size)
         wake_s, now = self._network.model.wake_s, self._loop.time_ns()
         if self.sleeps and wake_s:
             self._awake = self._network.occupy(self.node, round(wake_s * SECOND), thread=False)
@@ -152,6 +158,11 @@ class VirtualTransport:
             self._loop.call_at_ns(self._awake, 0, self.deliver, sender, content)
         else:
             self.deliver(sender, content)
+
+    def _count(self, sender: int, receiver: int, size: int) -> None:
+        counts = self.traffic[sender, receiver]
+        counts[0] += 1
+        counts[1] += size
 
     def consumed(self, sender: int) -> None:
         """Note that a message was handled; in async mode its sender hears of it later."""
