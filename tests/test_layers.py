@@ -39,10 +39,10 @@ LAYERS = [
     "aiosgd.runtime.simulation.*",
     "aiosgd.check.*",
     "aiosgd.aio",
-    "aiosgd.api aiosgd.bench aiosgd.bench.rows aiosgd.bench.peers aiosgd.bench.gloo",
+    "aiosgd.api aiosgd.launch aiosgd.bench aiosgd.bench.rows aiosgd.bench.peers aiosgd.bench.gloo",
     "aiosgd.bench.wire aiosgd.bench.jobs",
     "aiosgd.bench.calibrate aiosgd.testing",
-    "aiosgd.cli_jobs aiosgd.runtime.supervisor aiosgd.report.* aiosgd.scaffold.*",
+    "aiosgd.cli_jobs aiosgd.cli_launch aiosgd.runtime.supervisor aiosgd.report.* aiosgd.scaffold.*",
     "aiosgd.cli",
     "aiosgd.__main__",
 ]
@@ -85,7 +85,7 @@ DOERS = {"asyncio", "socket", "selectors", "threading", "time", "random", "loggi
 DOORS = {
     "msgpack": {"aiosgd.runtime.frame"},
     "msgpack_numpy": {"aiosgd.runtime.frame"},
-    "typer": {"aiosgd.cli", "aiosgd.cli_jobs"},
+    "typer": {"aiosgd.cli", "aiosgd.cli_jobs", "aiosgd.cli_launch"},
     "rich": {"aiosgd.display"},
     "uvloop": {"aiosgd.cli"},
     "safetensors": {"aiosgd.runtime.results", "aiosgd.runtime.checkpoint"},
