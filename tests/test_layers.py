@@ -89,6 +89,7 @@ DOORS = {
     "rich": {"aiosgd.display"},
     "uvloop": {"aiosgd.cli"},
     "safetensors": {"aiosgd.runtime.results", "aiosgd.runtime.checkpoint"},
+    "ray": {"aiosgd.plugins.launchers.ray_driver"},
     "zstandard": {"aiosgd.plugins.compressors.lossless"},
     "tomli_w": {"aiosgd.runtime.results"},
     **{name: {f"aiosgd.plugins.trackers.{name}"} for name in ("tensorboard", "mlflow", "wandb")},
