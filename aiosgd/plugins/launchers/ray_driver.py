@@ -128,6 +128,7 @@ class Driver:
         self._group: PlacementGroup | None = None
         self._actors: dict[str, Any] = {}
         self._addresses: dict[str, str] = {}
+        self._away: set[str] = set()
         self._asked: dict[Any, tuple[str, str]] = {}
         """What is asked -> whom, and which method."""
 
@@ -215,14 +216,27 @@ class Driver:
             except ray.exceptions.ActorDiedError as error:
                 self._lost(name, error)
             except ray.exceptions.ActorUnavailableError:  # Ray starts it again
-                if method == "tell":
-                    say(node=name, says="its actor died; Ray starts it again")
-                time.sleep(LOOK)
-                self._ask(name, "listen")
+                self._returns(name, method)
             else:
-                self._listens(name, value) if method == "listen" else self._told(name, value)
+                self._answered(name, method, value)
+
+    def _answered(self, name: str, method: str, value: Any) -> None:
+        match method:
+            case "listen":
+                self._listens(name, value)
+            case "tell":
+                self._told(name, value)
+
+    def _returns(self, name: str, method: str) -> None:
+        """Tell of an actor that is started again, and ask what it was asked, or where it is."""
+        if name not in self._away:
+            say(node=name, says="lost: its actor died; Ray starts it again")
+            self._away.add(name)
+        time.sleep(LOOK)
+        self._ask(name, "listen" if method == "tell" else method)
 
     def _listens(self, name: str, value: dict[str, str]) -> None:
+        self._away.discard(name)
         before, now = self._addresses.get(name), value.get("address")
         if now is None:
             words = f"{name} did not start: {value['error']}"
@@ -248,8 +262,10 @@ class Driver:
 
     def _lost(self, name: str, error: Exception) -> None:
         """Tell of an actor that is not started again."""
-        words = f"its actor died and is not started again: {' '.join(str(error).split())[:300]}"
-        if name not in self._addresses:
+        words = (
+            f"lost: its actor died and is not started again: {' '.join(str(error).split())[:300]}"
+        )
+        if name not in self._addresses and not self._closed.is_set():
             raise Failure(f"{name}: {words}")
         say(node=name, says=words)
 
@@ -257,8 +273,12 @@ class Driver:
         """End the nodes, and give back what they took."""
         if not ray.is_initialized():
             return
-        ends = [actor.stop.remote() for actor in self._actors.values()]
-        ray.wait(ends, num_returns=max(1, len(ends)), timeout=STOP_TIMEOUT + 1) if ends else None
+        deadline = time.monotonic() + STOP_TIMEOUT
+        self._asked = {}
+        for name in self._actors:
+            self._ask(name, "stop")
+        while self._asked and time.monotonic() < deadline:
+            self._hear()
         for actor in self._actors.values():
             ray.kill(actor)
         if self._group is not None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiosgd.errors import ClusterError, ConfigError, PluginError
-from aiosgd.plugins.launchers import base
 from aiosgd.plugins.launchers.base import (
     Launched,
     Launcher,
@@ -353,17 +352,25 @@ class _Job:
         try:
             yield watch
         finally:
-            watch.cancel()
-            await asyncio.wait([watch], timeout=base.STOP_TIMEOUT)
+            if not watch.done():  # what ends the context may be the end of the job
+                watch.cancel()
+                await asyncio.wait([watch])
+                self._next_question = 0.0
+                await self._look()
 
     async def _watch(self) -> str:
         while self.state in LIVING:
-            for i, name in enumerate(self.names):
-                task = self.task(i) if i not in self._ended else None
-                if task is not None and task.code is not None:
-                    self._ended.add(i)
-                    self.printed(name, f"ended with exit code {task.code}")
             await asyncio.sleep(ASK)
-            await self.ask()
-        self.printed("slurm", f"job {self.how_ended}")
+            await self._look()
         return f"slurm job {self.how_ended}"
+
+    async def _look(self) -> None:
+        """Tell which tasks have ended, and whether the job has."""
+        for i, name in enumerate(self.names):
+            task = self.task(i) if i not in self._ended else None
+            if task is not None and task.code is not None:
+                self._ended.add(i)
+                self.printed(name, f"ended with exit code {task.code}")
+        await self.ask()
+        if self.state not in LIVING or self.state == "COMPLETING":
+            self.printed("slurm", f"job {self.how_ended}")
