@@ -171,9 +171,9 @@ async def _stay(nodes: Launched, path: Path, display: Display) -> None:
     """Say that the nodes are up, and wait for Ctrl-C or for the last node's end."""
     count = f"{_many(len(nodes.workers), 'worker')}"
     servers = f" and {_many(len(nodes.servers), 'server')}" if nodes.servers else ""
-    display.noted(f"{count}{servers} up; Ctrl-C takes them down; in another terminal:")
+    display.noted(f"{count}{servers} up; submit jobs from another terminal:")
     display.noted(f"  aiosgd submit {shlex.quote(str(path))} --epochs 5")
-    display.note(f"nodes of {path} are up")
+    display.note("Ctrl-C takes them down")
     over: asyncio.Future[str] = nodes.over or asyncio.get_running_loop().create_future()
     try:
         reason = await asyncio.shield(over)

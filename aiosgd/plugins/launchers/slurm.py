@@ -41,8 +41,11 @@ WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPEC
 LIVING = WAITING | {"RUNNING", "COMPLETING", "SUSPENDED", "STAGE_OUT", "RESIZING"}
 
 # Submits a job, and cancels it once standard input closes: at the end of the launcher's context, and
-# when the launcher dies. It waits until the job is gone, for nothing of it shall stay behind.
+# when the launcher dies. It waits until the job is gone, for nothing of it shall stay behind, not
+# even the folder, "$1", with the secret.
 _GUARD = """
+folder=$1; shift
+trap 'rm -rf -- "$folder"' EXIT
 id=$(sbatch "$@") || exit $?
 id=${id%%;*}
 echo "job $id"
@@ -144,7 +147,7 @@ class Slurm(Launcher):
             (folder / "secret").touch(0o600)
             (folder / "secret").write_text(read_secret_line(secret_file))
             (folder / "job.sh").write_text(self._script(wanted, folder))
-            words = ["sh", "-c", _GUARD, "sh", *self._sbatch(wanted, folder)]
+            words = ["sh", "-c", _GUARD, "sh", str(folder), *self._sbatch(wanted, folder)]
             async with _submitted(words) as job_id:
                 job = _Job(job_id, folder, wanted.names, printed)
                 printed("slurm", f"submitted job {job_id}")
