@@ -71,16 +71,22 @@ END
     exit 1
 }
 
+runs() {
+    case "$(ps -o stat= -p "$1")" in
+        '' | Z*) return 1 ;; # where nobody reaps orphans, a zombie is what is left
+    esac
+}
+
 stop() {
     for daemon in slurmd slurmctld munged; do
         [ -f "$dir/$daemon.pid" ] || continue
         pid=$(cat "$dir/$daemon.pid")
         kill "$pid" 2>/dev/null || continue
         for _ in $(seq 50); do
-            kill -0 "$pid" 2>/dev/null || break
+            runs "$pid" || break
             sleep 0.2
         done
-        kill -9 "$pid" 2>/dev/null || true
+        ! runs "$pid" || kill -9 "$pid"
     done
 }
 
