@@ -303,9 +303,19 @@ def test_a_node_process_that_dies_on_slurm_is_lost_and_comes_back(slurm_here, st
     os.kill(max(map(int, found.stdout.split())), signal.SIGKILL)  # the child, not its supervisor
     job.wait_for("worker 2 lost")
     job.wait_for("goes on after step")
+    job.signal(signal.SIGINT)
+    assert job.end() == 130
+    assert not subprocess.run(["squeue", "-h"], capture_output=True, check=True).stdout
+
+
+@pytest.mark.extra
+def test_a_job_that_slurm_ends_is_told_of(slurm_here, start_command):
+    job = start_command("launch", "slurm", "--workers", 2, "--", "--epochs", 4000)
+    job.wait_for(r"step \d{3,}/")
     subprocess.run(["scancel", "--name=aiosgd"], check=True)
     job.wait_for("slurm: job .* ended: ")
     assert job.end() == 1
+    assert "the node was stopped" in job.err
 
 
 def test_the_setup_names_what_is_missing(tmp_path):

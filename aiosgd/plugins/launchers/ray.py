@@ -24,6 +24,7 @@ from aiosgd.plugins.launchers.base import (
 )
 from aiosgd.plugins.launchers.processes import Command, Process, children
 
+DRIVER = (sys.executable, "-P", "-m", "aiosgd.plugins.launchers.ray_driver")
 STOP_TIMEOUT = 15.0
 """Seconds that the driver has to end its actors; then it is killed, and Ray ends them."""
 
@@ -93,8 +94,7 @@ class Ray(Launcher):
                 "words": node_words([], wanted, host="{host}", data_dir=self._params.data_dir),
                 "secret": read_secret_line(secret_file),
             }
-            words = [sys.executable, "-P", "-m", "aiosgd.plugins.launchers.ray_driver"]
-            driver = Command(words, secret=json.dumps(order))
+            driver = Command(DRIVER, secret=json.dumps(order))
             async with (
                 children({"ray": driver}, STOP_TIMEOUT) as processes,
                 _Driver(processes["ray"], printed) as speaker,
