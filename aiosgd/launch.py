@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,11 @@ async def launch(
     _check_sizes(workers, servers)
     plugin = LAUNCHERS.load(launcher)
     chosen = plugin(make_params(plugin, params or {}, "launcher"))
-    with _kept_for_a_while(path.with_suffix(".secret"), path) as kept:
-        secret_file = path.with_suffix(".secret")
+    secret_file = path.with_suffix(".secret")
+    _check_new(path, secret_file)
+    with contextlib.ExitStack() as files:
         write_secret(secret_file)
+        files.callback(secret_file.unlink, missing_ok=True)
         wanted = Wanted(
             workers=workers,
             servers=servers,
@@ -61,8 +63,9 @@ async def launch(
         )
         async with chosen.launch(wanted, printed) as nodes:
             _write_new(path, cluster_text(launcher, nodes, secret_file.name))
+            files.callback(path.unlink, missing_ok=True)
             if nodes.next_steps:
-                kept.pop_all()
+                files.pop_all()
             else:
                 await _check_reached(path)
             yield nodes
@@ -74,23 +77,13 @@ def _check_sizes(workers: int, servers: int) -> None:
             raise ConfigError(f"{name} is {value}; expected {least} or more")
 
 
-@contextlib.contextmanager
-def _kept_for_a_while(*paths: Path) -> Iterator[contextlib.ExitStack]:
-    """Remove files at the end of the context, which are not there yet.
-
-    Raises:
-        ConfigError: one of them is.
-    """
+def _check_new(*paths: Path) -> None:
     for path in paths:
         if path.exists():
             raise ConfigError(
                 f"{path} exists already; nothing is ever overwritten: name another with "
                 "--cluster-file, or remove it if its nodes are gone"
             )
-    with contextlib.ExitStack() as stack:
-        for path in paths:
-            stack.callback(path.unlink, missing_ok=True)
-        yield stack
 
 
 def cluster_text(launcher: str, nodes: Launched, secret_name: str) -> str:
