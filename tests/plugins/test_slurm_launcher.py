@@ -313,7 +313,7 @@ def test_a_job_that_slurm_ends_is_told_of(slurm_here, start_command):
     job = start_command("launch", "slurm", "--workers", 2, "--", "--epochs", 4000)
     job.wait_for(r"step \d{3,}/")
     subprocess.run(["scancel", "--name=aiosgd"], check=True)
-    job.wait_for("slurm: job .* ended: ")
+    job.wait_for("slurm: job .* (was ended|ended: )")
     assert job.end() == 1
     assert "the node was stopped" in job.err
 

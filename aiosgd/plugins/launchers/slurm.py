@@ -77,7 +77,8 @@ class Slurm(Launcher):
         """What sbatch is told, and how long the nodes may take.
 
         Attributes:
-            partition, account, qos, time: as sbatch takes them; empty: Slurm's defaults.
+            partition, account, qos, time: as sbatch takes them (time: minutes, or `1:30:00`); empty:
+                Slurm's defaults.
             hosts: how many hosts the tasks are spread over (`--nodes`); 0: as Slurm likes.
             cpus, gpus: per task; gpus 0: none is asked for.
             memory: per task's CPU (`--mem-per-cpu`): `2G`.
@@ -96,11 +97,11 @@ class Slurm(Launcher):
         partition: str = ""
         account: str = ""
         qos: str = ""
-        time: str = ""
+        time: str | int = ""
         hosts: int = 0
         cpus: int = 1
         gpus: int = 0
-        memory: str = ""
+        memory: str | int = ""
         options: list[str] = field(default_factory=list)
         folder: str = ""
         python: str = ""
@@ -375,5 +376,7 @@ class _Job:
                 self._ended.add(i)
                 self.printed(name, f"ended with exit code {task.code}")
         await self.ask()
-        if self.state not in LIVING or self.state == "COMPLETING":
+        if self.state == "COMPLETING":
+            self.printed("slurm", f"job {self.job_id} was ended; its tasks are being stopped")
+        elif self.state not in LIVING:
             self.printed("slurm", f"job {self.how_ended}")
