@@ -230,6 +230,12 @@ def test_a_launcher_that_only_writes_says_what_is_next(aiosgd, here):
     assert "does not start nodes itself" in err
 
 
+def test_a_node_without_the_secret_that_it_was_promised_does_not_start(start_command):
+    node = start_command("node", "--port", 0, "--secret-stdin")
+    assert node.end() == 2
+    assert "standard input has 0 bytes; a secret has 16 to 4096" in node.err
+
+
 # From Python ------------------------------------------------------------------------------------
 
 
