@@ -1,5 +1,6 @@
 """Nodes through ssh: through a stand-in that runs the command here, and through a real sshd."""
 
+import asyncio
 import contextlib
 import getpass
 import os
@@ -247,7 +248,12 @@ async def test_nodes_through_a_real_sshd(sshd, tmp_path):
 
 @pytest.mark.extra
 async def test_an_ssh_that_is_killed_takes_its_node_with_it(sshd, tmp_path):
-    heard = []
+    heard, told = [], asyncio.Event()
+
+    def printed(*line):
+        heard.append(line)
+        told.set()
+
     run_dir = shlex.quote(str(tmp_path / "runs"))
     async with ssh(**sshd, run_dir=run_dir).launch(
         Wanted(workers=1), lambda *line: heard.append(line)
@@ -257,6 +263,7 @@ async def test_an_ssh_that_is_killed_takes_its_node_with_it(sshd, tmp_path):
         )
         for pid in found.stdout.split():
             os.kill(int(pid), 9)
+        await told.wait()
     assert heard[-1] == ("worker 0", "ended of signal 9")
     # the fixture no_process_left waits for the node itself
 
