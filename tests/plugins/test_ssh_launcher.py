@@ -255,9 +255,7 @@ async def test_an_ssh_that_is_killed_takes_its_node_with_it(sshd, tmp_path):
         told.set()
 
     run_dir = shlex.quote(str(tmp_path / "runs"))
-    async with ssh(**sshd, run_dir=run_dir).launch(
-        Wanted(workers=1), lambda *line: heard.append(line)
-    ):
+    async with ssh(**sshd, run_dir=run_dir).launch(Wanted(workers=1), printed):
         found = subprocess.run(
             ["pgrep", "-f", f"^ssh .*{run_dir}"], capture_output=True, text=True, check=True
         )
