@@ -17,6 +17,7 @@ from aiosgd.codecs.base import Codec
 from aiosgd.errors import ConfigError, JobFailedError
 from aiosgd.plugins.code import is_file
 from aiosgd.plugins.kinds import CODECS, LAUNCHERS
+from aiosgd.plugins.launchers import Wanted
 from aiosgd.plugins.registry import check_value, make_params
 from aiosgd.runtime import survey
 from aiosgd.runtime.config import (
@@ -249,13 +250,12 @@ async def run(
     loaded = await asyncio.to_thread(load_job, job, workers, data_dir)
     observer = observer or Silent()
     launcher = LAUNCHERS.load("local")
+    wanted = Wanted(
+        workers=workers, servers=servers, data_dir=data_dir, allow_code=bool(named_code(job))
+    )
     with _run_dir(job) as run_dir:
         launched = launcher(make_params(launcher, {"run_dir": str(run_dir)}, "launcher")).launch(
-            workers,
-            servers,
-            data_dir=data_dir,
-            allow_code=bool(named_code(job)),
-            printed=observer.printed,
+            wanted, observer.printed
         )
         async with launched as nodes:
             request = Request(
@@ -368,6 +368,25 @@ async def _in_thread(simulation: Simulation, observer: Observer) -> Simulated:
 
 
 # Options ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What a job needs of nodes: how many of each at least, and whether they must take code."""
+
+    workers: int
+    servers: int
+    code: bool
+
+
+def needs(
+    *, sets: tuple[str, ...] = (), job_file: str | Path | None = None, **options: Any
+) -> Needs:
+    """Return what a job needs, before there is a node; options and errors are those of `submit`."""
+    options, job_file = _resumed(options, job_file)
+    job = _make_job(options, sets, job_file)
+    workers, servers = _sizes(job)
+    return Needs(workers, servers, bool(named_code(job)))
 
 
 def _make_job(

@@ -33,7 +33,14 @@ def describe_plugin(kind: str, name: str) -> dict[str, Any]:
         "description": inspect.getdoc(plugin) or "",
         **(_codec_facts(plugin) if kind == "codec" else {}),
         "parameters": _parameters(params_class(plugin)),
+        "about_parameters": _about(params_class(plugin)),
     }
+
+
+def _about(params: type) -> str:
+    """Return what the author wrote of the parameters; a dataclass has a docstring by itself."""
+    text = inspect.getdoc(params) or ""
+    return "" if text.startswith(f"{params.__name__}(") else text
 
 
 def _codec_facts(codec: type[Codec]) -> dict[str, Any]:
@@ -91,8 +98,9 @@ def page(facts: dict[str, Any]) -> str:
     origin = f"from {facts['distribution']} {facts['version']}"
     rows = [f"  {_usage(parameter)}" for parameter in facts["parameters"]]
     parameters = ["parameters:", *rows] if rows else ["parameters: none"]
+    about = ["", facts["about_parameters"]] if rows and facts["about_parameters"] else []
     made_for = _made_for(facts) if facts["kind"] == "codec" else []
-    return "\n".join([head, origin, "", facts["description"], "", *made_for, *parameters])
+    return "\n".join([head, origin, "", facts["description"], "", *made_for, *parameters, *about])
 
 
 def _made_for(facts: dict[str, Any]) -> list[str]:

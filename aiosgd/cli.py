@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import inspect
 import json
@@ -29,7 +30,7 @@ from typing import (
 
 import typer
 
-from aiosgd import cli_dashboard, cli_jobs
+from aiosgd import cli_dashboard, cli_jobs, cli_launch
 from aiosgd.errors import AiosgdError, ConfigError, JobCancelledError, JobFailedError
 from aiosgd.runtime.config import JobConfig
 
@@ -540,11 +541,29 @@ def _run_to_end(
     work: Callable[[Any], Coroutine[Any, Any, AnyOutcome]], as_json: bool, title: str
 ) -> AnyOutcome:
     outcome = _shown(work, title)
+    _print_end(outcome, as_json)
+    return outcome
+
+
+def _print_end(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         print(json.dumps(outcome.summary.to_dict()))
     else:
         _print_outcome(outcome)
-    return outcome
+
+
+def _read_submit(cluster: str, words: list[str]) -> tuple[dict[str, Any], bool]:
+    """Return what `submit` would call with these words, and whether it would print JSON."""
+    command = typer.main.get_command(app).commands["submit"]  # type: ignore[attr-defined]
+    with command.make_context("aiosgd submit", [cluster, *words]) as context:
+        given = context.params
+    if given["detach"]:
+        raise ConfigError("--detach leaves a job to nodes that end with this command; leave it out")
+    _Debug.on = _Debug.on or given["debug"]
+    options = {name: _number(name, given[name]) for name in JOB_OPTIONS}
+    for name in ("job_file", "data_dir"):
+        options[name] = given[name]
+    return options | {"sets": tuple(given["sets"] or ())}, given["as_json"]
 
 
 def _shown(
@@ -647,10 +666,14 @@ def node(
         bool,
         typer.Option("--insecure", help="Listen beyond this machine, to anyone who can connect."),
     ] = False,
-    no_supervisor: Annotated[
-        bool,
-        typer.Option("--no-supervisor", help="Do not start the node again if its process dies."),
-    ] = False,
+    supervised: Annotated[
+        bool | None,
+        typer.Option(
+            "--supervisor/--no-supervisor",
+            help="Start the node again if its process dies, which is the default.",
+            show_default=False,
+        ),
+    ] = None,
     metrics_port: Annotated[
         int | None,
         typer.Option(help="Port for Prometheus, GET /metrics; 0 picks one; default: none."),
@@ -659,19 +682,22 @@ def node(
         str, typer.Option(help="Address for that port; who reaches it reads the numbers.")
     ] = "127.0.0.1",
     until_stdin_closes: Annotated[bool, typer.Option(hidden=True)] = False,
+    secret_stdin: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Run a node until it is interrupted."""
     import faulthandler
 
     from aiosgd.runtime import supervisor
-    from aiosgd.runtime.security import SecurityFiles
+    from aiosgd.runtime.security import SecurityFiles, key_of
 
     security = SecurityFiles(secret_file, tls_cert, tls_key, tls_ca).load()
+    if secret_stdin:
+        security = dataclasses.replace(security, key=key_of(_first_line(), "standard input"))
     _check_listen(host, port, safe=bool(security), insecure=insecure, allow_code=allow_code)
     metrics = _metrics_address(metrics_host, metrics_port)
     run_dir = _writable(run_dir or _default_run_dir(port))
     life = supervisor.Life(port)
-    if not (no_supervisor or until_stdin_closes):
+    if not until_stdin_closes if supervised is None else supervised:
         life = supervisor.split(run_dir, port)
     faulthandler.enable()
 
@@ -721,6 +747,16 @@ def node(
     keep_heap_warm()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve())
+
+
+def _first_line() -> bytes:
+    """Read the first line of standard input, and nothing of what follows."""
+    import os
+
+    line = b""
+    while (byte := os.read(0, 1)) not in (b"", b"\n"):
+        line += byte
+    return line
 
 
 def _check_listen(host: str, port: int, *, safe: bool, insecure: bool, allow_code: bool) -> None:
@@ -812,6 +848,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 cli_jobs.register(app, _reported, _shown, _print_outcome)
 cli_dashboard.register(app, _reported)
+cli_launch.register(app, _reported, _shown, _print_end, _read_submit)
 
 
 new = typer.Typer(

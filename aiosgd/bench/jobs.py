@@ -23,7 +23,7 @@ from aiosgd.bench.peers import Peer, gloo, slowest
 from aiosgd.bench.rows import Note, Report, Row, Samples, row, with_more
 from aiosgd.errors import ConfigError
 from aiosgd.plugins.kinds import LAUNCHERS
-from aiosgd.plugins.launchers import Printed, ignore
+from aiosgd.plugins.launchers import Printed, Wanted, ignore
 from aiosgd.plugins.registry import make_params
 from aiosgd.runtime.config import Address, Cluster
 from aiosgd.runtime.harvest import Outcome
@@ -86,7 +86,7 @@ async def site(
         launcher = LAUNCHERS.load("local")
         params = make_params(launcher, {"run_dir": str(folder / "nodes")}, "launcher")
         async with launcher(params).launch(
-            workers, servers, allow_code=allow_code, printed=printed
+            Wanted(workers=workers, servers=servers, allow_code=allow_code), printed
         ) as nodes:
             local_workers, local_servers = (
                 tuple(Address.parse(text, "local node") for text in texts)

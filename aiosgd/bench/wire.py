@@ -18,7 +18,7 @@ import numpy as np
 from aiosgd.bench.rows import Note, Report, Row, Samples, row, with_more
 from aiosgd.errors import ClusterError
 from aiosgd.plugins.kinds import LAUNCHERS
-from aiosgd.plugins.launchers import Printed, ignore
+from aiosgd.plugins.launchers import Printed, Wanted, ignore
 from aiosgd.plugins.registry import make_params
 from aiosgd.runtime.config import Address, Cluster
 from aiosgd.runtime.frame import HEADER_SIZE, encode
@@ -67,7 +67,7 @@ async def local_node(printed: Printed = ignore, *, apart: bool = True) -> AsyncI
             ends of a raw socket on one core but two event loops on two.
     """
     launcher = LAUNCHERS.load("local")
-    launched = launcher(make_params(launcher, {}, "launcher")).launch(1, 0, printed=printed)
+    launched = launcher(make_params(launcher, {}, "launcher")).launch(Wanted(workers=1), printed)
     async with launched as nodes:
         security = SecurityFiles(secret_file=nodes.secret_file).load()
         target = Target(Address.parse(nodes.workers[0], "local node"), security)

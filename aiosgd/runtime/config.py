@@ -482,13 +482,9 @@ def _flag(path: tuple[str, ...]) -> str:
 
 
 def _parse_set(text: str) -> Setting:
-    """Read one `key.path=value`."""
-    written, equals, raw = text.partition("=")
-    path = tuple(part.strip() for part in written.split("."))
-    place = f"--set {written.strip()}"
-    if not equals or not all(path):
-        raise ConfigError(f"--set is {text!r}; expected key.path=value")
-    value = _toml_value(raw.strip(), place)
+    """Read one `key.path=value`, as an option of a job."""
+    path, value = read_set(text)
+    place = f"--set {'.'.join(path)}"
     if path[0] == "job" and len(path) > 1:
         path = path[1:]
     if len(path) > 1:
@@ -497,6 +493,19 @@ def _parse_set(text: str) -> Setting:
     if isinstance(value, dict) and _is_table(expected):
         raise ConfigError(f"{place} is a table; set its keys one by one: {place}.KEY=VALUE")
     return Setting(path, _checked(path, value, expected, place), place)
+
+
+def read_set(text: str) -> tuple[tuple[str, ...], Any]:
+    """Read one `key.path=value`: the path, and the value as TOML; a bare word is a string.
+
+    Raises:
+        ConfigError: it is none, or its value is no TOML.
+    """
+    written, equals, raw = text.partition("=")
+    path = tuple(part.strip() for part in written.split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"--set is {text!r}; expected key.path=value")
+    return path, _toml_value(raw.strip(), f"--set {'.'.join(path)}")
 
 
 def _set_table(name: str, place: str) -> str:

@@ -112,11 +112,20 @@ def read_secret(path: Path) -> bytes:
         raise ConfigError(
             f"secret file {path} has mode {mode:04o}, so that others can get at it; chmod 600 {path}"
         )
+    return key_of(text, f"secret file {path}")
+
+
+def key_of(text: bytes, place: str) -> bytes:
+    """Return the key that is made from a secret's text; see `read_secret`.
+
+    Raises:
+        ConfigError: it has less than 16 bytes or more than 4096; `place` says where it is from.
+    """
     secret = text.strip()
     if not MIN_SECRET <= len(secret) <= MAX_SECRET:
         size = f"{len(secret)} bytes" if len(text) <= MAX_SECRET else "more bytes"
         raise ConfigError(
-            f"secret file {path} has {size}; a secret has {MIN_SECRET} to {MAX_SECRET}: "
+            f"{place} has {size}; a secret has {MIN_SECRET} to {MAX_SECRET}: "
             "`aiosgd new secret FILE` writes one"
         )
     return hashlib.scrypt(secret, salt=b"aiosgd", n=1 << 12, r=8, p=1, dklen=32)
