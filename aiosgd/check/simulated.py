@@ -119,7 +119,6 @@ def _workload(subject: Subject, case: Case, noise: float) -> Workload:
         load = dataclasses.replace(load, groups=groups)
     return dataclasses.replace(
         load,
-        job=dataclasses.replace(load.job, overlap=case.overlap),
         topology=case.graph,
         compressor=case.make_compressor or load.compressor,
     )

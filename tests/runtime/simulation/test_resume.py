@@ -408,6 +408,7 @@ def check_instants(well: Any, count: int, seed: int) -> None:
     assert phases.keys() >= {"saving", "running"}
 
 
+@pytest.mark.slow
 def test_after_a_few_instants_a_job_goes_on_with_the_same_bits(well):
     check_instants(well, 18, seed=5)
 
@@ -713,6 +714,7 @@ def apart(models: dict[int, bytes]) -> float:
     return float(np.ptp(vectors, axis=0).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), codecs())
 def test_every_codec_goes_on_from_its_middle(memory, monkeypatch, name, mode):
     servers = int(CODECS.load(name).server is not None)
@@ -731,6 +733,7 @@ def chains() -> list[str]:
     return sorted(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressor", chains())
 def test_every_compressor_goes_on_from_its_middle(memory, monkeypatch, compressor):
     options = {"compressor": compressor, "learning_rate": 0.01}
@@ -738,6 +741,7 @@ def test_every_compressor_goes_on_from_its_middle(memory, monkeypatch, compresso
     check_resumes(site, monkeypatch, exact=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["gradients", "updates"])
 @pytest.mark.parametrize("name", [entry.name for entry in OPTIMIZERS.entries()])
 def test_every_optimizer_goes_on_from_its_middle(memory, monkeypatch, name, exchange):
@@ -809,6 +813,7 @@ BUGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(well, monkeypatch, bug):
     *place, name = BUGS[bug]
@@ -819,6 +824,7 @@ def test_a_planted_bug_is_found(well, monkeypatch, bug):
     assert len(tries) < 60
 
 
+@pytest.mark.slow
 def test_messages_that_were_under_way_would_be_missed(memory, monkeypatch):
     """Without draining, an update that no checkpoint has is lost: the nodes end apart."""
     monkeypatch.setattr(Job, "_checkpoint", checkpoint_without_draining)
