@@ -71,7 +71,6 @@ def test_wrong_usage_is_said_in_one_line(aiosgd, words):
     assert re.fullmatch(r"aiosgd: .*\n", err)
 
 
-@pytest.mark.slow
 def test_json_and_a_report_folder(aiosgd, tmp_path):
     code, out, _ = aiosgd("check", BROKEN, *FEW, "--json", "--report", str(tmp_path))
     assert code == 1
@@ -101,7 +100,6 @@ def test_a_wrong_class_is_not_run():
 # the pytest plugin
 
 
-@pytest.mark.slow
 def test_assert_codec_shows_the_report():
     assert_codec("local", workers=2, seeds=4)
     with pytest.raises(AssertionError, match=r"replay: aiosgd check .*planted.py:SumsInstead"):

@@ -720,7 +720,6 @@ def apart(models: dict[int, bytes]) -> float:
     return float(np.ptp(vectors, axis=0).max())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mode"), codecs())
 def test_every_codec_goes_on_from_its_middle(memory, monkeypatch, name, mode):
     servers = int(CODECS.load(name).server is not None)
