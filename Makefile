@@ -16,12 +16,12 @@ PIP := python -m pip install --quiet --disable-pip-version-check
 # hundreds of short processes start here: without bytecode, each compiles the whole package again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: clean demo docs lint test test-base test-extras test-slow
+.PHONY: clean demo docs lint proofs test test-base test-extras
 
 demo: .venv/installed
 	$(BIN)/aiosgd run --epochs 40 --learning-rate 0.1 --set optimizer.momentum=0.9 --title demo
 
-test: lint test-base test-slow
+test: lint test-base proofs
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -29,11 +29,11 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 test-base: .venv/installed-dev
-	$(BIN)/$(PYTEST) -m "not slow and not proof and not extra" --cov=aiosgd --cov-branch --cov-report= --cov-fail-under=95
+	$(BIN)/$(PYTEST) -m "not proof and not extra" --cov=aiosgd --cov-branch --cov-report= --cov-fail-under=95
 
 # measuring coverage doubles the time of what only computes
-test-slow: .venv/installed-dev
-	$(BIN)/$(PYTEST) -m "(slow or proof) and not extra"
+proofs: .venv/installed-dev
+	$(BIN)/$(PYTEST) -m "proof and not extra"
 
 test-extras: .venv-extras/installed
 	$(EXTRAS_BIN)/python -c 'import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]' $(EXTRAS_IMPORTS)

@@ -495,7 +495,7 @@ def report(name: str, figures: Figures) -> None:
 PHASES = {"new", "voting", "preparing", "linking", "running", "finishing", "collecting", "done"}
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("name", "count"),
     [("two workers and a server", 100), ("five workers", 30), ("four workers and a server", 30)],
@@ -613,7 +613,7 @@ BUGS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(clusters, monkeypatch, bug):
     cluster, well = clusters("two workers and a server")

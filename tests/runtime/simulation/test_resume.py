@@ -410,7 +410,7 @@ def check_instants(well: Any, count: int, seed: int) -> None:
     assert phases.keys() >= {"saving", "running"}
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_after_a_few_instants_a_job_goes_on_with_the_same_bits(well):
     check_instants(well, 18, seed=5)
 
@@ -738,7 +738,7 @@ def chains() -> list[str]:
     return sorted(found)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("compressor", chains())
 def test_every_compressor_goes_on_from_its_middle(memory, monkeypatch, compressor):
     options = {"compressor": compressor, "learning_rate": 0.01}
@@ -746,7 +746,7 @@ def test_every_compressor_goes_on_from_its_middle(memory, monkeypatch, compresso
     check_resumes(site, monkeypatch, exact=True)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("exchange", ["gradients", "updates"])
 @pytest.mark.parametrize("name", [entry.name for entry in OPTIMIZERS.entries()])
 def test_every_optimizer_goes_on_from_its_middle(memory, monkeypatch, name, exchange):
@@ -818,7 +818,7 @@ BUGS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(well, monkeypatch, bug):
     *place, name = BUGS[bug]
@@ -829,7 +829,7 @@ def test_a_planted_bug_is_found(well, monkeypatch, bug):
     assert len(tries) < 60
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_messages_that_were_under_way_would_be_missed(memory, monkeypatch):
     """Without draining, an update that no checkpoint has is lost: the nodes end apart."""
     monkeypatch.setattr(Job, "_checkpoint", checkpoint_without_draining)
