@@ -39,7 +39,7 @@ def test_a_killed_worker_comes_back_to_its_job(
     servers = 0 if codec == "adpsgd" else 1
     nodes = start_nodes(3 + servers)
     options = {"codec": codec, "mode": "async", "on_loss": "continue", "epochs": 10**6}
-    steps = {"max_steps": 12_000 if codec == "adpsgd" else 5_000, "checkpoint_every": every}
+    steps = {"max_steps": 6_000 if codec == "adpsgd" else 2_500, "checkpoint_every": every}
 
     async def story():
         told = Told()

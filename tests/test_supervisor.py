@@ -238,7 +238,10 @@ def test_whatever_kills_the_parent_kills_the_child(lives, number):
 
 def test_no_file_descriptor_is_left_in_the_parent_by_a_life(lives):
     order = (
-        "print(len(os.listdir(f'/proc/{os.getppid()}/fd')), flush=True); os.kill(os.getpid(), 9)"
+        "stat, files = (Path(f'/proc/{os.getppid()}/{name}') for name in ('stat', 'fd'))\n"
+        "while stat.read_text().rpartition(')')[2].split()[0] != 'S':\n"
+        "    pass  # until it waits, it may not have closed this end of the pipes\n"
+        "print(len(os.listdir(files)), flush=True); os.kill(os.getpid(), 9)"
     )
     last = order.replace("os.kill(os.getpid(), 9)", "sys.exit(0)")
     _, out, _ = lives(order, order, last, pause=0.01).end()

@@ -27,6 +27,8 @@ MESSAGES = 40
 ENDLESS = "and no end"
 # callbacks of the loop per message, in a simulation with all its actors and links
 CALLBACKS = 20
+FEW = 1000
+"""Elements of a vector that is cheap to keep: drawing it takes the time of setting up a generator."""
 _VALUES, _INITIAL = 1, 2  # purposes of random numbers
 
 
@@ -100,7 +102,17 @@ def random_values(case: Case, step: int, block: int) -> Vector:
 
 
 def _normal(size: int, *key: int) -> Vector:
-    return np.random.default_rng(key).standard_normal(size, np.float32)
+    return _few(size, key) if size <= FEW else _drawn(size, key)
+
+
+def _drawn(size: int, key: tuple[int, ...]) -> Vector:
+    values = np.random.default_rng(key).standard_normal(size, np.float32)
+    values.setflags(write=False)
+    return values
+
+
+# a case's values are asked for again by each owner of a block, by its law, and by the next case
+_few = functools.lru_cache(maxsize=4096)(_drawn)
 
 
 def initial_weights(case: Case) -> Vector:

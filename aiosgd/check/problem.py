@@ -97,7 +97,11 @@ def make_workload(subject: Subject, case: Case, *, noise: float = 0.0) -> Worklo
     shapes = model.shapes
     return Workload(
         job=JobConfig(
-            mode=case.mode, seed=case.seed, batch_size=BATCH, learning_rate=LEARNING_RATE
+            mode=case.mode,
+            overlap=case.overlap,
+            seed=case.seed,
+            batch_size=BATCH,
+            learning_rate=LEARNING_RATE,
         ),
         codec=subject.codec,
         codec_params=params,

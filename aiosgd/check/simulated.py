@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from bisect import bisect_right
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +119,6 @@ def _workload(subject: Subject, case: Case, noise: float) -> Workload:
         load = dataclasses.replace(load, groups=groups)
     return dataclasses.replace(
         load,
-        job=dataclasses.replace(load.job, overlap=case.overlap),
         topology=case.graph,
         compressor=case.make_compressor or load.compressor,
     )
@@ -141,26 +140,24 @@ def scenario_of(case: Case) -> Scenario:
 def _record(world: World, moments: Story) -> None:
     """Have a world's messages written down at both ends; links keep their order."""
     numbers: list[int] = [0]
-    under_way: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    under_way: defaultdict[tuple[int, int], deque[tuple[int, str]]] = defaultdict(deque)
 
     def wrap(node: int, send: Callable[..., int], deliver: Callable[[int, Any], None]) -> None:
         def sent(to: Sequence[int], content: Any, channel: int) -> int:
             _, step, inner = content
+            label = described(inner)
             for peer in to:
                 numbers[0] += 1
-                under_way[node, peer].append(numbers[0])
-                label = described(inner)
+                under_way[node, peer].append((numbers[0], label))
                 moments.append(
                     Moment(world.loop.time(), "send", node, peer, step, label, numbers[0])
                 )
             return send(to, content, channel)
 
         def delivered(sender: int, content: Any) -> None:
-            _, step, inner = content
-            number = under_way[sender, node].pop(0)
-            moments.append(
-                Moment(world.loop.time(), "deliver", node, sender, step, described(inner), number)
-            )
+            number, label = under_way[sender, node].popleft()
+            step = content[1]
+            moments.append(Moment(world.loop.time(), "deliver", node, sender, step, label, number))
             deliver(sender, content)
 
         world.transports[node].send = sent  # type: ignore[method-assign]

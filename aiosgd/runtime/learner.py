@@ -283,10 +283,16 @@ def sketch(weights: Vector) -> Sketch:
     Frequent Items in Data Streams, ICALP 2002, with a single row). S is linear: the sketch of a
     mean is the mean of the sketches.
     """
-    bits = np.random.default_rng(SKETCH).bytes(-(-weights.size // 8))
-    minus = np.unpackbits(np.frombuffer(bits, np.uint8), count=weights.size).view(bool)
+    signs = np.frombuffer(_sign_bits(weights.size), np.uint8)
+    minus = np.unpackbits(signs, count=weights.size).view(bool)
     signed = np.zeros(-(-weights.size // SKETCH) * SKETCH, np.float32)
     np.negative(weights, out=signed[: weights.size])
     np.copyto(signed[: weights.size], weights, where=minus)
     folded: Sketch = signed.reshape(-1, SKETCH).sum(axis=0, dtype=np.float64)
     return folded
+
+
+@functools.lru_cache(maxsize=1)  # a job's vectors are all of one size
+def _sign_bits(size: int) -> bytes:
+    """Return a sketch's signs, a bit each."""
+    return np.random.default_rng(SKETCH).bytes(-(-size // 8))

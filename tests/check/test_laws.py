@@ -100,6 +100,7 @@ def test_laws_bring_what_they_imply():
     assert expanded({"consensus", "mean"}) == ("mean", "consensus", "single", "zero")
 
 
+@pytest.mark.proof
 def test_who_may_depend_on_who_comes_first_is_not_checked_for_order():
     class Hasty(planted.AddsInArrivalOrder):
         laws = frozenset({"mean", "first-come"})

@@ -72,6 +72,7 @@ def test_a_planted_bug_is_found_made_small_and_replayed(name, by, workers, steps
     assert again.story == failure.story or by == "repeatable"
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("way", SHOWN_BY)
 def test_what_a_bug_needs_is_left_in_its_case_and_nothing_else_shows_it(way):
     for name in SHOWN_BY[way]:
@@ -85,6 +86,7 @@ def test_what_a_bug_needs_is_left_in_its_case_and_nothing_else_shows_it(way):
         assert replay(subject, str(case.but(**{way: default}))).passed
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("pattern", [planted.Exchange, planted.Gossips])
 def test_the_patterns_that_the_planted_codecs_break_are_right(pattern):
     report = check(subject_of(pattern), Options(workers=4, seeds=60))

@@ -131,6 +131,7 @@ def test_what_all_nodes_draw_alike_depends_on_the_seed_of_the_case():
     assert seeds == [0, 5]
 
 
+@pytest.mark.proof
 def test_the_command_line_fixes_a_topology_and_replays_it():
     words = ["check", "dpsgd", "--case", "single topology=ring(directed=true)"]
     done = CliRunner().invoke(app, words)

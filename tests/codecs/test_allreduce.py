@@ -59,6 +59,7 @@ def traffic(cluster, steps=1):
     return {node: (messages[node] / steps, elements[node] / steps) for node in cluster.workers}
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("params", [RING, SMALL])
 @pytest.mark.parametrize("workers", COUNTS)
 @pytest.mark.parametrize("codec", CODECS)
@@ -70,6 +71,7 @@ async def test_the_result_is_the_mean_whatever_the_size(codec, workers, params):
         await run(codec, workers, size, steps, seed=seed, params=params)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("fifo", [True, False])
 @pytest.mark.parametrize("params", [RING, SMALL])
 @pytest.mark.parametrize("codec", CODECS)
@@ -90,6 +92,7 @@ def ownerships(draw):
     return workers, draw(st.lists(owner, min_size=1, max_size=7))
 
 
+@pytest.mark.proof
 @settings(deadline=None, max_examples=150)
 @given(
     ownership=ownerships(),

@@ -305,6 +305,7 @@ def test_a_payload_with_nonsense_is_an_array_or_a_value_error(name):
         assert isinstance(restored, np.ndarray), (odd, restored)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("name", swarm.names())
 def test_nonsense_from_a_peer_ends_a_job_or_does_not_matter(name, monkeypatch):
     """One node's messages have something else in them, now and then: in virtual time."""

@@ -156,6 +156,7 @@ JOBS = [
 ]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("options", "servers", "codec"), JOBS)
 def test_a_recorded_job_plays_again_bit_for_bit(record, options, servers, codec, seed):

@@ -409,6 +409,7 @@ def quick():
     gc.unfreeze()
 
 
+@pytest.mark.proof
 def test_a_few_trials_keep_the_rules(quick):
     found = swarm(range(100))
     assert not found.wrong
@@ -469,6 +470,7 @@ BUGS = {
 }
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found_and_made_small(quick, monkeypatch, bug):
     seeds = range(400)
