@@ -4,9 +4,10 @@ BIN := .venv/bin
 EXTRAS_BIN := .venv-extras/bin
 
 # what `make test-extras` installs, and what must then import; torch first, from a version of its own
-EXTRAS := dashboard,docs,jax,lossless,mlflow,notebook,ray,site,tensorboard,torch,wandb
+EXTRAS := dashboard,jax,kubernetes,lossless,mlflow,notebook,plots,ray,site,tensorboard,torch,wandb
 EXTRAS_FIRST := torch==2.13.0
-EXTRAS_IMPORTS := jax matplotlib mkdocs mlflow nbclient ray starlette tensorboard torch uvicorn wandb zstandard
+EXTRAS_IMPORTS := jax kubernetes_validate matplotlib mkdocs mlflow nbclient ray starlette tensorboard torch \
+    uvicorn wandb yaml zstandard
 
 # test processes; more than the cores of a small machine, for many tests wait for node processes
 JOBS ?= 3
