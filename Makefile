@@ -38,7 +38,7 @@ proofs: .venv/installed-dev
 
 test-extras: .venv-extras/installed
 	$(EXTRAS_BIN)/python -c 'import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]' $(EXTRAS_IMPORTS)
-	$(EXTRAS_BIN)/python -m pytest -q -n 2 -m extra
+	$(EXTRAS_BIN)/python -m pytest -q -n 2 --dist loadfile -m extra
 
 # warnings are errors; the pages are in site/, and load nothing from elsewhere
 docs: .venv/installed-site

@@ -40,7 +40,7 @@ WIDTHS = {
 }
 # what a narrow terminal leaves out, first to last
 SPARE = (
-    *("curve", "traffic/s", "accuracy", "waits", "epoch"),
+    *("accuracy", "traffic/s", "curve", "waits", "epoch"),
     *("loss", "samples/s", "progress", "test accuracy"),
 )
 # seconds of training before the time that is left is worth guessing

@@ -147,16 +147,16 @@ def test_before_there_is_progress_the_picture_is_its_headline(clock):
 
 
 def test_the_picture_has_a_row_for_each_worker_in_order(clock):
-    display = terminal(clock)
+    display = terminal(clock, 160)
     display.progressed(progress(1, step=1320, epoch=119))
     display.progressed(progress(0, step=0))
     display.evaluated(Evaluation(1, 118, 1300, 0.1, 0.975))
-    _, head, *rows, total = drawn(display, 130)
+    _, head, *rows, total = drawn(display, 160)
     assert head.split()[-5:] == ["test", "accuracy", "samples/s", "traffic/s", "waits"]
     assert [row.split()[:2] for row in rows] == [["worker", "0"], ["worker", "1"]]
     assert total.split() == ["all", "1.5000", "0.2500", "0.9750", "24,691", "4.0", "MB"]
     rates = ["12,346", "2.0", "MB", "25%"]
-    assert rows[0].split()[3:] == ["0/1320", "1", "1.5000", "0.2500", "-", *rates]
+    assert rows[0].split()[3:] == ["0/1320", "1", "1.5000", "▁", "0.2500", "-", *rates]
     assert rows[1].split()[3:6] == ["1320/1320", "120", "1.5000"]
     assert "0.9750" in rows[1]
 
