@@ -136,7 +136,8 @@ class Watch(Silent):
         self.job_id = job_id
 
     def noted(self, text: str) -> None:
-        self.notes.append(text)
+        if not text.startswith(f"job {self.job_id}"):  # what is about to be trained
+            self.notes.append(text)
 
     @property
     def whole(self) -> int:
