@@ -112,7 +112,7 @@ NODES = 'workers = ["127.0.0.1:1"]\n'
         (["run", "--codec", "plian"], "no codec is named 'plian' (did you mean 'plain'?"),
         (
             ["run", "--model", "transformer"],
-            "no model is named 'transformer'; installed: blank, mlp, ",
+            "no model is named 'transformer'; installed: blank, jax, mlp, ",
         ),
         (["run", "--codec", "no.py:No"], "codec 'no.py:No': there is no file no.py"),
         (["run", "--set", "codec.trun=3"], "codec.trun: Plain has no such parameter"),
