@@ -531,10 +531,14 @@ def _without(words: list[str], flag: str, option: str) -> list[str]:
 
 
 def _without_tracker_params(words: list[str]) -> list[str]:
-    """Return a command line without `--set tracker.…`."""
-    pairs = zip(words, ["", *words], strict=False)
-    kept = [not (before == "--set" and word.startswith("tracker.")) for word, before in pairs]
-    return [w for i, w in enumerate(words) if kept[i] and (i + 1 == len(words) or kept[i + 1])]
+    """Return a command line without `--set tracker.…` and `--set=tracker.…`."""
+    kept: list[str] = []
+    for word in words:
+        if kept and kept[-1] == "--set" and word.startswith("tracker."):
+            kept.pop()
+        elif not word.startswith("--set=tracker."):
+            kept.append(word)
+    return kept
 
 
 def _run_to_end(

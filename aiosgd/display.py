@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -117,6 +118,8 @@ class Display:
         self._trains_since: tuple[float, float] | None = None  # when, and the share done then
         self._evaluations: dict[int, Evaluation] = {}
         self._next_line = 0.0
+        # what is drawn by a thread of rich's own
+        self._lock = threading.RLock()
         self._live = Live(
             console=self._console,
             get_renderable=self.picture,
@@ -142,22 +145,26 @@ class Display:
     def entered(self, phase: Phase, job_id: str) -> None:
         """Show the phase."""
         resumed, self._phase = self._phase is Phase.SAVING, phase
+        if phase is Phase.PREPARING:  # perhaps the next attempt at a job
+            self._forget()
         self._title = f"job {job_id}: {phase}"
         if not (self._lively or resumed) and phase in ENDS | {Phase.RUNNING, Phase.STOPPING}:
             self._line(self._title)
 
     def progressed(self, progress: Progress) -> None:
         """Show a worker's progress."""
-        self._progress[progress.node] = progress
-        self._curves[progress.node].add(progress.loss)
-        if self._trains_since is None:
-            self._trains_since = (self._clock(), self._share())
+        with self._lock:
+            self._progress[progress.node] = progress
+            self._curves[progress.node].add(progress.loss)
+            if self._trains_since is None:
+                self._trains_since = (self._clock(), self._share())
         if self._line_is_due():
             self._line(self._sentence())
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Show a worker's test accuracy from its next progress on."""
-        self._evaluations[evaluation.node] = evaluation
+        with self._lock:
+            self._evaluations[evaluation.node] = evaluation
 
     def printed(self, node: str, text: str) -> None:
         """Show what a node on this machine printed."""
@@ -170,9 +177,17 @@ class Display:
     def attended(self, present: Collection[int], workers: int) -> None:
         """Show how many workers take part, and no row of one that does not."""
         self._attendance = f"{len(present)} of {workers} workers"
-        for known in (self._progress, self._evaluations):
-            for node in known.keys() - set(present):
-                del known[node]
+        with self._lock:
+            for known in (self._progress, self._evaluations):
+                for node in known.keys() - set(present):
+                    del known[node]
+
+    def _forget(self) -> None:
+        """Forget how far the workers were."""
+        with self._lock:
+            for known in (self._progress, self._evaluations, self._curves):
+                known.clear()
+            self._trains_since = None
 
     def _line_is_due(self) -> bool:
         if self._lively or self._clock() < self._next_line:
@@ -217,7 +232,7 @@ class Display:
 
     def _time_left(self) -> str:
         """Return how long the job takes from now on, if it goes on like this."""
-        if self._trains_since is None or self._phase in ENDS:
+        if self._trains_since is None or not self._progress or self._phase in ENDS:
             return ""
         since, share = self._trains_since
         took, done = self._clock() - since, self._share() - share
@@ -233,6 +248,10 @@ class Display:
 
     def picture(self) -> Group:
         """Return what the terminal shows now: a headline and, once there is progress, a table."""
+        with self._lock:
+            return self._picture()
+
+    def _picture(self) -> Group:
         elapsed = self._clock() - self._started
         times = [f"{elapsed:.0f} s", *([left] if (left := self._time_left()) else [])]
         facts = f" {self._attendance}" if self._progress and self._attendance else ""

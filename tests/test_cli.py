@@ -562,3 +562,16 @@ def test_a_local_node_that_hangs_leaves_its_log(command, tmp_path):
     (log,) = (tmp_path / "runs").glob("*/nodes/1/node.log")
     assert "hang.py" in log.read_text()
     assert "in update" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["--set", "tracker.jsonl.x=1", "--seed", "1"], ["--seed", "1"]),
+        (["--set=tracker.jsonl.x=1", "--set", "codec.turn=1"], ["--set", "codec.turn=1"]),
+        (["--title", "tracker.x"], ["--title", "tracker.x"]),
+        (["--set"], ["--set"]),
+    ],
+)
+def test_a_second_run_gets_no_parameters_of_trackers(words, kept):
+    assert cli._without_tracker_params(words) == kept

@@ -108,6 +108,26 @@ def test_a_lost_worker_counts_no_more(plain, clock):
     assert lines(plain)[-1].endswith(", 2 of 3 workers")
 
 
+def test_a_job_whose_only_worker_that_reported_is_lost_is_still_shown(clock):
+    display = terminal(clock)
+    display.entered(Phase.RUNNING, "j1")
+    display.progressed(progress(0))
+    clock.now += 10
+    display.attended([1], 2)
+    assert drawn(display, 80) == ["job j1: running (10 s)"]
+
+
+def test_another_attempt_at_a_job_begins_anew(plain, clock):
+    plain.progressed(progress(0, step=1000))
+    plain.entered(Phase.PREPARING, "j2")
+    clock.now += 10
+    plain.progressed(progress(1, step=10))
+    assert lines(plain)[-1].startswith("epoch 1, step 10/1320: ")
+    clock.now += 10
+    plain.progressed(progress(1, step=670))
+    assert lines(plain)[-1].endswith(", 9.8 s left")
+
+
 def test_the_time_that_is_left_follows_the_slowest_worker(plain, clock):
     plain.progressed(progress(0, step=10, steps=110))
     for step, left in ((20, "90 s"), (60, "50 s"), (109, "1.0 s")):

@@ -73,6 +73,25 @@ def test_a_job_that_was_left_to_its_nodes_is_tracked_when_it_is_fetched(two, tmp
     assert [line["event"] for line in lines if "event" in line] == ["begin", "begin", "end"]
 
 
+def test_a_job_that_was_not_submitted_from_here_tells_no_tracker(two, tmp_path):
+    """Its options come from its nodes, and trackers send what there is to whom they name."""
+
+    async def work():
+        folder = await aio.start(two, output=tmp_path, max_steps=3, tracker="jsonl")
+        while any(one.status.job_id for one in await aio.status(two)):
+            await asyncio.sleep(0.05)
+        notes = []
+        outcome = await aio.fetch(two, folder.name, tmp_path / "other", note=notes.append)
+        return outcome, notes
+
+    outcome, notes = asyncio.run(asyncio.wait_for(work(), 60))
+    assert outcome.summary.state == "done"
+    assert not (outcome.folder / "job.jsonl").exists()
+    assert notes == [
+        "the job's trackers (jsonl) are told nothing: the job was not submitted from here"
+    ]
+
+
 def test_a_tracker_that_is_not_installed_where_a_job_is_fetched_is_a_line(
     two, tmp_path, monkeypatch
 ):
@@ -82,7 +101,7 @@ def test_a_tracker_that_is_not_installed_where_a_job_is_fetched_is_a_line(
             await asyncio.sleep(0.05)
         monkeypatch.setitem(__import__("sys").modules, "wandb", None)
         notes = []
-        outcome = await aio.fetch(two, folder.name, tmp_path / "other", note=notes.append)
+        outcome = await aio.fetch(two, folder.name, tmp_path, note=notes.append)
         return outcome, notes
 
     monkeypatch.setattr("aiosgd.plugins.trackers.wandb.Wandb.require", lambda: None)

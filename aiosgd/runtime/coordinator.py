@@ -58,7 +58,7 @@ from aiosgd.runtime.job import (
 from aiosgd.runtime.mesh import Mesh
 from aiosgd.runtime.security import OPEN, Security
 from aiosgd.runtime.session import Evaluation, News, Note, Pause, Progress
-from aiosgd.runtime.tracking import PATIENCE, Tracking, check_trackers
+from aiosgd.runtime.tracking import PARTING, PATIENCE, Tracking, check_trackers
 from aiosgd.runtime.workload import Workload
 
 # how often deadlines are looked at
@@ -70,8 +70,6 @@ NEWEST_TIMEOUT = 60.0
 NOTE_INTERVAL, NOTE_LENGTH = 5.0, 300
 # longest wait for the nodes to end their links after a job
 FAREWELL = 1.0
-# seconds that a tracker may take for a table of a job that was interrupted
-TRACKED_WITHIN = 5.0
 
 
 class Observer(Protocol):
@@ -381,6 +379,8 @@ class Coordinator:
                 self.observer.noted(text)
             yield
         finally:
+            if self._tracking is not None:
+                self._tracking.abandon()
             handler.close()
             await self._part_from_nodes()
 
@@ -428,17 +428,9 @@ class Coordinator:
 
     async def _tracked(self, outcome: Outcome) -> None:
         """Wait for the trackers, who come last; if this is cancelled, for them no more."""
-        tracking, patience = self._tracking, TRACKED_WITHIN if self._cancelled else PATIENCE
-        if tracking is None:
-            return
-        ending = asyncio.ensure_future(asyncio.to_thread(tracking.end, outcome, patience))
-        while not ending.done():
-            try:
-                await asyncio.shield(ending)
-            except asyncio.CancelledError:
-                self._cancelled = True
-                tracking.hurry()
-        ending.result()
+        if self._tracking is not None:
+            patience = PARTING if self._cancelled else PATIENCE
+            self._cancelled |= await self._tracking.ended(outcome, patience)
 
     async def _wait(self) -> None:
         while not self._over.is_set():

@@ -25,7 +25,7 @@ from aiosgd.runtime.harvest import LINE, End, Harvest, Outcome
 from aiosgd.runtime.job import node_name
 from aiosgd.runtime.results import read_job
 from aiosgd.runtime.security import Security
-from aiosgd.runtime.tracking import Tracking
+from aiosgd.runtime.tracking import ALWAYS, Tracking
 from aiosgd.runtime.visit import NOBODY, Status, Visitor, visiting
 from aiosgd.runtime.workload import Workload, file_code
 
@@ -429,10 +429,48 @@ async def fetch(
         note(f"{node_name(node)}: {reason}")
     if 0 not in copies.contents and source:
         note(f"the model is that of {node_name(source)}")
+    submitted = output / fate.job_id / "job.toml"
+    own = await asyncio.to_thread(read_job, submitted.parent) if submitted.exists() else None
     outcome = await asyncio.to_thread(_write, output, fate, copies, source)
+    if own is None:
+        _note_untracked(read_job(outcome.folder), note)
+    else:
+        await _track(own, outcome, fate, note)
+    return outcome
+
+
+def _note_untracked(job: JobConfig, note: Note) -> None:
+    """Say which trackers are not told of a job.
+
+    Its options come from its nodes here, and trackers may send what there is to whoever they name.
+    """
+    names = [name for name in job.tracker if name != ALWAYS]
+    if names:
+        note(
+            f"the job's trackers ({', '.join(names)}) are told nothing: the job was not submitted "
+            "from here"
+        )
+
+
+async def _track(job: JobConfig, outcome: Outcome, fate: Fate, note: Note) -> None:
+    """Have the trackers record a job that this machine submitted.
+
+    Raises:
+        asyncio.CancelledError: this was cancelled, which ends the waiting for the trackers.
+    """
+    log, handler = results.open_log(outcome.folder / "submit.log")
+    tracking = Tracking(job, outcome.folder, log)
+    try:
+        nodes = {node: one["address"] for node, one in outcome.summary.per_node.items()}
+        tracking.begin(fate.job_id, nodes, began=fate.began)
+        cancelled = await tracking.ended(outcome)
+    finally:
+        tracking.abandon()
+        handler.close()
     for name, reason in outcome.tracker_errors.items():
         note(f"tracker {name!r} {reason}")
-    return outcome
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 def _check_folder(folder: Path) -> None:
@@ -522,9 +560,6 @@ def _write(output: Path, fate: Fate, copies: Copies, source: int) -> Outcome:
         reasons = _keep(harvest, fate, copies, log)
         outcome = harvest.write(fate.job_id, _end(fate, copies, reasons))
         _write_lead_logs(folder, copies)
-        tracking = Tracking(job, folder, log)
-        tracking.begin(fate.job_id, nodes, began=fate.began)
-        tracking.end(outcome)
         log.info("fetched from %s", ", ".join(map(node_name, sorted(copies.contents))))
     finally:
         handler.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import logging
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # seconds that a tracker may take for a call once the job has ended
 PATIENCE = 60.0
+# the same after Ctrl-C
+PARTING = 5.0
 # news that wait for a tracker at most; those of a job with 100 workers come 500 times per second
 WAITING = 1000
 # seconds after which it is said who is waited for
@@ -193,9 +196,32 @@ class Tracking:
         elif track.missed:
             self._log.info("tracker %r was too slow for %d news", track.name, track.missed)
 
+    async def ended(self, outcome: Outcome, patience: float = PATIENCE) -> bool:
+        """Do as `end`, in a thread; to cancel this ends the waiting for the trackers.
+
+        Returns:
+            Whether this was cancelled.
+        """
+        cancelled = False
+        ending = asyncio.ensure_future(asyncio.to_thread(self.end, outcome, patience))
+        while not ending.done():
+            try:
+                await asyncio.shield(ending)
+            except asyncio.CancelledError:
+                cancelled = True
+                self.hurry()
+        ending.result()
+        return cancelled
+
     def hurry(self) -> None:
         """Wait for no tracker any more; may be called from any thread."""
         self._hurry.set()
+
+    def abandon(self) -> None:
+        """Expect nothing of trackers that `end` was not called for: something else went wrong."""
+        self._over = True
+        for track in self._tracks:
+            track.close()
 
 
 class _Track(threading.Thread):

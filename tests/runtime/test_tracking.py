@@ -207,6 +207,25 @@ def test_whoever_is_in_a_hurry_does_not_wait(hanging, begun, outcome):
     assert outcome.tracker_errors == {"hanging": "was not waited for"}
 
 
+async def test_a_cancellation_ends_the_waiting(hanging, begun, outcome):
+    one = begun("hanging")
+    waiting = asyncio.ensure_future(one.ended(outcome, 1000.0))
+    assert await asyncio.to_thread(hanging.entered.wait, DEADLINE)
+    waiting.cancel()
+    async with asyncio.timeout(20):
+        assert await waiting
+    assert outcome.tracker_errors == {"hanging": "was not waited for"}
+
+
+def test_threads_of_a_job_that_went_wrong_end(spy, begun):
+    one = begun(["spy"])
+    one.abandon()
+    for track in one._tracks:
+        track.join(20)
+        assert not track.is_alive()
+    assert one.lines == []
+
+
 def test_one_that_is_slow_misses_news_and_nothing_else(
     monkeypatch, hanging, begun, outcome, caplog
 ):

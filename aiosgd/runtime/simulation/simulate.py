@@ -28,7 +28,7 @@ from aiosgd.runtime.simulation.guard import guard, modules_of, unguarded
 from aiosgd.runtime.simulation.loop import run_virtually
 from aiosgd.runtime.simulation.trace import Trace
 from aiosgd.runtime.simulation.world import Ending, Scenario, World
-from aiosgd.runtime.tracking import Tracking
+from aiosgd.runtime.tracking import PARTING, PATIENCE, Tracking
 from aiosgd.runtime.workload import Workload
 
 Cancel: TypeAlias = Callable[[], object]
@@ -179,10 +179,12 @@ def simulate(
         tracking.begin(job_id, dict.fromkeys(nodes, VIRTUAL), simulated=True)
         played = play(simulation, report, begun)
         outcome = _write(played, simulation, folder, job_id, log)
-        tracking.end(outcome)
+        begun(tracking.hurry)
+        tracking.end(outcome, PARTING if outcome.summary.state == "cancelled" else PATIENCE)
         observer.entered(Phase(outcome.summary.state), job_id)
         return _judged(outcome, played, folder)
     finally:
+        tracking.abandon()
         handler.close()
 
 
