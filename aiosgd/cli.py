@@ -652,7 +652,7 @@ def node(
     ] = None,
     data_dir: DataDir = None,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run codecs that submitters send as source.")
+        bool, typer.Option("--allow-code", help="Run code that jobs name: codecs, model.factory.")
     ] = False,
     secret_file: Annotated[
         Path | None,

@@ -77,7 +77,7 @@ def register(
             Path, typer.Option(metavar="FILE", help="The cluster file to write.")
         ] = Path("cluster.toml"),
         allow_code: Annotated[
-            bool, typer.Option("--allow-code", help="Let the nodes run codecs sent as source.")
+            bool, typer.Option("--allow-code", help="Let the nodes run code that jobs name.")
         ] = False,
     ) -> None:
         """Bring up nodes with a launcher; submit a job to them, or keep them until Ctrl-C.

@@ -38,7 +38,7 @@ async def launch(
         workers, servers: how many nodes of each.
         params: the launcher's parameters.
         cluster_file: a file to write; the secret's lies beside it and ends in `.secret`.
-        allow_code: whether the nodes take codecs as source code.
+        allow_code: whether the nodes run code that a job names: codecs in files, `model.factory`.
         printed: told what nodes print and what the engine says.
 
     Raises:
@@ -46,10 +46,10 @@ async def launch(
         ClusterError: the nodes did not start, or this machine does not reach them.
     """
     path = Path(cluster_file)
+    secret_file = _secret_beside(path)
     _check_sizes(workers, servers)
     plugin = LAUNCHERS.load(launcher)
     chosen = plugin(make_params(plugin, params or {}, "launcher"))
-    secret_file = path.with_suffix(".secret")
     _check_new(path, secret_file)
     with contextlib.ExitStack() as files:
         write_secret(secret_file)
@@ -69,6 +69,16 @@ async def launch(
             else:
                 await _check_reached(path)
             yield nodes
+
+
+def _secret_beside(path: Path) -> Path:
+    """Return where the secret of a cluster file lies."""
+    if not path.name or path.suffix == ".secret":
+        raise ConfigError(
+            f"--cluster-file is '{path}', beside which no file ending in .secret can lie; expected "
+            "a name such as cluster.toml"
+        )
+    return path.with_suffix(".secret")
 
 
 def _check_sizes(workers: int, servers: int) -> None:

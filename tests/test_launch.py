@@ -112,6 +112,8 @@ def test_a_codec_file_is_taken_by_nodes_that_are_started_for_it(aiosgd, here):
         (["--set", "launcher"], "--set is 'launcher'; expected key.path=value"),
         (["--params", "none.toml"], "none.toml cannot be read"),
         (["--cluster-file", "none/c.toml"], "none/c.secret cannot be written"),
+        (["--cluster-file", "c.secret"], "--cluster-file is 'c.secret', beside which no file"),
+        (["--cluster-file", ""], "expected a name such as cluster.toml"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_a_node_starts(aiosgd, here, monkeypatch, words, reason):

@@ -58,6 +58,14 @@ async def test_the_nodes_are_those_that_the_driver_names(driver, tmp_path):
     assert order["words"][-1] == "--allow-code"
 
 
+async def test_a_line_beyond_all_measure_is_dropped(driver):
+    driver(f"print('x' * 200_000)\n{LISTENS}say(node='worker 0', says='y' * 200_000)\n")
+    heard = []
+    async with ray_launcher().launch(Wanted(workers=1), lambda *line: heard.append(line)) as nodes:
+        assert await nodes.over == "the connection to Ray has ended"
+    assert heard == []
+
+
 async def test_what_ray_has_to_say_is_passed_on(driver):
     driver(
         f"say(node='ray', says='no room')\n{LISTENS}say(node='worker 0', says='oh')\nsys.stdin.read()\nsay(node='ray', says='bye')"
@@ -109,11 +117,67 @@ async def test_without_ray_the_extra_is_named(monkeypatch):
         ({"resources": {"tpu": -1.0}}, "tpu is -1.0; expected 0 or more"),
         ({"cpus": 0}, "Ray places nothing that takes nothing"),
         ({"strategy": "NEAR"}, "strategy is 'NEAR'; expected one of"),
+        ({"python": "py 'x"}, 'launcher: python is "py \'x", which has no closing quotation'),
     ],
 )
 def test_parameters_are_checked(values, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         ray_launcher(**values)
+
+
+# What an actor does -----------------------------------------------------------------------------
+
+NODE = """#!{python}
+import sys
+print("port", sys.argv[sys.argv.index("--port") + 1], file=sys.stderr)
+print("listening on 127.0.0.1:7007", flush=True)
+print("one", "", "z" * 100_000, "last", sep="\\n", file=sys.stderr, flush=True)
+sys.stdin.read()
+sys.exit(5)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path, monkeypatch):
+    """`holder(launch)`: what an actor of that launch holds: a stand-in of a node; it listens."""
+    ray = pytest.importorskip("ray")
+    from aiosgd.plugins.launchers.ray_driver import Holder
+
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    (tmp_path / "node").write_text(NODE.format(python=sys.executable))
+    order = {"folder": str(tmp_path), "run_dir": str(tmp_path), "secret": "s"}
+    order |= {"python": f"{sys.executable} '{tmp_path}/node'", "words": ["--port", "0"]}
+    held = []
+
+    def start(launch):
+        held.append(Holder({**order, "launch": launch}, "worker 0"))
+        assert held[-1].listen() == {"address": "127.0.0.1:7007"}
+        return held[-1]
+
+    yield start
+    for one in held:
+        with one._process:  # closes its pipes
+            one.stop()
+
+
+@NEEDS_RAY
+@pytest.mark.extra
+def test_a_node_s_lines_are_told_to_its_end(holder):
+    held = holder("a")
+    assert [held.tell() for _ in range(5)] == ["port 0", "one", "", "z" * 4000, "last"]
+    held.stop()
+    assert held.tell() == 5
+
+
+@NEEDS_RAY
+@pytest.mark.extra
+def test_a_port_is_kept_for_the_actor_s_return_alone(holder, tmp_path):
+    assert holder("a").tell() == "port 0"
+    back = holder("a")
+    assert back.tell() == "port 7007"
+    assert holder("b").tell() == "port 0"
+    back.stop()
+    assert [path.name for path in (tmp_path / "worker-0").iterdir()] == ["port-b"]
 
 
 # A Ray cluster of two nodes on this host --------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,21 @@ async def test_nodes_that_never_listen_are_given_up(queue, tmp_path, monkeypatch
         await never_up(slurm(python=str(fake)))
 
 
+async def test_a_slow_shared_folder_does_not_hold_up_the_event_loop(queue, monkeypatch):
+    readers = set()
+    read_task = module._Job._task
+
+    def seen(job, number):
+        readers.add(threading.current_thread())
+        return read_task(job, number)
+
+    monkeypatch.setattr(module._Job, "_task", seen)
+    async with slurm().launch(Wanted(workers=2)):
+        pass
+    assert readers
+    assert threading.current_thread() not in readers
+
+
 async def test_a_job_that_ends_while_its_nodes_start_is_noticed(queue, tmp_path):
     fake = tmp_path / "python"
     fake.write_text(f"#!/bin/sh\necho 'FAILED|NodeFail' >{queue}/state\nexec sleep 60\n")
@@ -229,6 +245,7 @@ async def test_without_slurm_nothing_is_tried(queue, monkeypatch, missing):
         ({"hosts": -1}, "hosts is -1; expected 0 or more"),
         ({"timeout": -1}, "timeout is -1.0; expected seconds"),
         ({"address": "{host}"}, "expected a host with {node} or {fqdn}"),
+        ({"python": "'py"}, 'launcher: python is "\'py", which has no closing quotation'),
     ],
 )
 def test_parameters_are_checked(values, words):

@@ -118,6 +118,11 @@ async def test_no_parameter_is_read_by_a_shell(fake_ssh, tmp_path, monkeypatch, 
         ({"hosts": [{"name": "x"}]}, "a host has no such parameter"),
         ({"hosts": [{"host": "x", "port": "22"}]}, "launcher.hosts.port is '22'"),
         ({"hosts_file": "/nowhere"}, "hosts_file /nowhere cannot be read"),
+        ({"hosts": ["a"], "python": "py 'x"}, 'launcher: python is "py \'x", which has no closing'),
+        (
+            {"hosts": [{"host": "a", "python": "'"}]},
+            'the python of a is "\'", which has no closing',
+        ),
     ],
 )
 def test_what_is_no_host_is_refused(values, words):

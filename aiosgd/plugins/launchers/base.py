@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import shlex
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ class Wanted:
     Attributes:
         workers, servers: how many of each.
         data_dir: where nodes on this machine keep data; None: where nodes usually do.
-        allow_code: whether the nodes take codecs as source code.
+        allow_code: whether the nodes run code that a job names: codecs in files, `model.factory`.
         secret_file: the secret that nodes and submitters share; None: the launcher makes one up.
         supervised: whether a node process that dies is started again, on the same port.
     """
@@ -154,6 +155,17 @@ def check_seconds(name: str, value: float) -> None:
     """Refuse a time that is none, with ValueError, as `Params` do."""
     if not value > 0:
         raise ValueError(f"{name} is {value!r}; expected seconds, more than 0")
+
+
+def check_words(name: str, command: str) -> None:
+    """Refuse a command that is not in shell words, with ValueError, as `Params` do."""
+    try:
+        shlex.split(command)
+    except ValueError as error:
+        reason = str(error).lower()
+        raise ValueError(
+            f"{name} is {command!r}, which has {reason}; expected a command in shell words"
+        ) from error
 
 
 def read_secret_line(path: Path) -> str:

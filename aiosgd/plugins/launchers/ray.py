@@ -18,6 +18,7 @@ from aiosgd.plugins.launchers.base import (
     Printed,
     Wanted,
     check_seconds,
+    check_words,
     ignore,
     node_words,
     read_secret_line,
@@ -70,6 +71,7 @@ class Ray(Launcher):
 
         def __post_init__(self) -> None:
             check_seconds("timeout", self.timeout)
+            check_words("python", self.python)
             if self.restarts < -1:
                 raise ValueError(f"restarts is {self.restarts}; expected -1 or more")
             for name, value in {"cpus": self.cpus, "gpus": self.gpus, **self.resources}.items():
@@ -159,12 +161,14 @@ class _Driver:
     async def _line(self) -> dict[str, Any] | None:
         """Return what the driver says next; None once it has ended."""
         assert self._process.stdout is not None
-        while line := await self._process.stdout.readline():
-            with contextlib.suppress(ValueError):  # Ray itself may print something, too
+        while True:
+            with contextlib.suppress(ValueError):  # Ray itself may print something, at any length
+                line = await self._process.stdout.readline()
+                if not line:
+                    return None
                 said = json.loads(line)
                 if isinstance(said, dict) and said.keys() & {"says", "error", "address"}:
                     return said
-        return None
 
     async def _read_noise(self) -> str:
         """Empty the driver's stderr, where Ray's own log is; return its last line."""

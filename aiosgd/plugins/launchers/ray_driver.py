@@ -37,6 +37,8 @@ PORT_TIMEOUT = 20.0
 """Seconds until the port is free that a killed actor's node had: it ends with the actor, but later."""
 CONNECT_TIMEOUT = 20.0
 """Seconds within which Ray answers."""
+LONGEST = 4000
+"""Characters of a node's line that are passed on: the launcher drops what is beyond its buffer."""
 LOOK = 0.5
 """Seconds within which the end of standard input is noticed."""
 
@@ -44,7 +46,8 @@ LOOK = 0.5
 class Holder:
     """An actor that holds a node process; the process ends with the actor's.
 
-    A restarted actor on the same host finds its folder there, and in it the port that the node had.
+    A restarted actor on the same host finds its folder there, and in it the port that the node had
+    in this launch; one of an earlier launch may be anybody's by now.
     """
 
     def __init__(self, order: dict[str, Any], name: str) -> None:
@@ -52,14 +55,14 @@ class Holder:
         self._folder = Path(order["folder"], name.replace(" -", "-").replace(" ", "-"))
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._host = ray.util.get_node_ip_address()
-        self._port_file = self._folder / "port"
+        self._port_file = self._folder / f"port-{order['launch']}"
         self._port = self._port_file.read_text() if self._port_file.exists() else "0"
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
         process = subprocess.Popen(  # noqa: S603 - the words of our own launcher
-            self._words(), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+            self._words(), stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace"
         )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # its last words say why
@@ -83,7 +86,7 @@ class Holder:
             line = self._process.stdout.readline()
             if "listening on " in line:
                 break
-            words = self._process.stderr.read().strip().rpartition("\n")[2]
+            words = self._process.stderr.read().strip().rpartition("\n")[2][:LONGEST]
             if self._port == "0" or time.monotonic() > deadline:
                 return {"error": words.removeprefix("aiosgd: ") or f"it printed {line!r}"}
             time.sleep(LOOK)
@@ -97,10 +100,11 @@ class Holder:
     def tell(self) -> str | int:
         """Wait for the next line of the node's stderr, or its exit code."""
         assert self._process.stderr is not None
-        return self._process.stderr.readline().rstrip() or self._process.wait()
+        line = self._process.stderr.readline()
+        return line.rstrip()[:LONGEST] if line else self._process.wait()
 
     def stop(self) -> None:
-        """End the node, and remove its folder if that is a temporary one."""
+        """End the node, and remove its port's file, and its folder if that is a temporary one."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -108,6 +112,7 @@ class Holder:
             self._process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
+        self._port_file.unlink(missing_ok=True)
         if not self._order["run_dir"]:
             shutil.rmtree(self._folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # another node of this host is still in it
@@ -122,8 +127,9 @@ class Driver:
     """The nodes of one launch."""
 
     def __init__(self, order: dict[str, Any], closed: threading.Event) -> None:
-        folder = Path(tempfile.gettempdir(), f"aiosgd-ray-{secrets.token_hex(8)}")
-        self._order = {**order, "folder": order["run_dir"] or str(folder)}
+        launch = secrets.token_hex(8)
+        folder = order["run_dir"] or str(Path(tempfile.gettempdir(), f"aiosgd-ray-{launch}"))
+        self._order = {**order, "folder": folder, "launch": launch}
         self._closed = closed
         self._group: PlacementGroup | None = None
         self._actors: dict[str, Any] = {}
@@ -147,7 +153,10 @@ class Driver:
         """Connect to Ray, which would try for ever with an address where nobody answers."""
         address = self._order["address"]
         instead = "`ray start --head` starts one, --set launcher.address=HOST:PORT names another"
-        silent = f"no Ray cluster answers at {address!r} within {CONNECT_TIMEOUT:g} s; {instead}"
+        silent = (
+            f"no Ray cluster answers at {address!r} within {CONNECT_TIMEOUT:g} s; {instead}; if the "
+            "cluster uses tokens, set RAY_AUTH_MODE=token"
+        )
         giving_up = threading.Timer(CONNECT_TIMEOUT, _give_up, [silent])
         giving_up.start()
         try:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from aiosgd.plugins.launchers.base import (
     Printed,
     Wanted,
     check_seconds,
+    check_words,
     ignore,
     node_words,
     read_secret_line,
@@ -114,6 +115,7 @@ class Slurm(Launcher):
         def __post_init__(self) -> None:
             if self.timeout:
                 check_seconds("timeout", self.timeout)
+            check_words("python", self.python)
             for name, value, least in (
                 ("hosts", self.hosts, 0),
                 ("cpus", self.cpus, 1),
@@ -211,7 +213,7 @@ class Slurm(Launcher):
         """Return where the tasks listen, in their order."""
         deadline = time.monotonic() + START_TIMEOUT
         while True:
-            tasks = [job.task(i) for i in range(len(job.names))]
+            tasks = await job.tasks(range(len(job.names)))
             if all(task.port for task in tasks):
                 return [f"{self._params.reached_at(*task.host)}:{task.port}" for task in tasks]
             job.check_alive(tasks)
@@ -328,7 +330,11 @@ class _Job:
         reason = f" ({self.reason})" if self.reason != "None" else ""
         return f"{self.job_id} ended: {self.state}{reason}"
 
-    def task(self, number: int) -> _Task:
+    async def tasks(self, numbers: Iterable[int]) -> list[_Task]:
+        """Read what tasks have said; in a thread, for a shared file system may take its time."""
+        return await asyncio.to_thread(lambda: [self._task(number) for number in numbers])
+
+    def _task(self, number: int) -> _Task:
         """Read what a task has said."""
         try:
             text = (self.folder / f"{number}.out").read_text(errors="replace")
@@ -370,11 +376,11 @@ class _Job:
 
     async def _look(self) -> None:
         """Tell which tasks have ended, and whether the job has."""
-        for i, name in enumerate(self.names):
-            task = self.task(i) if i not in self._ended else None
-            if task is not None and task.code is not None:
+        left = [i for i in range(len(self.names)) if i not in self._ended]
+        for i, task in zip(left, await self.tasks(left), strict=True):
+            if task.code is not None:
                 self._ended.add(i)
-                self.printed(name, f"ended with exit code {task.code}")
+                self.printed(self.names[i], f"ended with exit code {task.code}")
         await self.ask()
         if self.state == "COMPLETING":
             self.printed("slurm", f"job {self.job_id} was ended; its tasks are being stopped")

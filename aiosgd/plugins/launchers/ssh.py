@@ -18,6 +18,7 @@ from aiosgd.plugins.launchers.base import (
     Printed,
     Wanted,
     check_seconds,
+    check_words,
     folder_name,
     ignore,
     node_words,
@@ -66,6 +67,7 @@ class Host:
         _check_word("user", self.user or "x")
         if self.port is not None and not 0 < self.port < 65536:
             raise ValueError(f"the port of {self.host} is {self.port}; a port is 1..65535")
+        check_words(f"the python of {self.host}", self.python)
 
     @classmethod
     def read(cls, value: str | dict[str, Any]) -> Host:
@@ -133,6 +135,7 @@ class Ssh(Launcher):
 
         def __post_init__(self) -> None:
             check_seconds("timeout", self.timeout)
+            check_words("python", self.python)
             if not self.all_hosts:
                 raise ValueError('there is no host; give hosts=["node1", "user@node2:2222"]')
 
