@@ -112,7 +112,7 @@ class Drawing:
     def _shape(self, run: Run) -> Html | None:
         job_id, drawn = self._shapes
         if job_id != run.summary.job_id:
-            drawn = sections.topology(run)
+            drawn = sections.topology(run) if _can_be_drawn(run) else None
             self._shapes = run.summary.job_id, drawn
         return drawn
 
@@ -133,6 +133,15 @@ class Drawing:
             _progress(now, run) if runs and run else None,
             data_title=f"{fate.state} {fate.job_id}",
         )
+
+
+def _can_be_drawn(run: Run) -> bool:
+    """Tell whether a topology may be made here, though a node says which.
+
+    Nodes get the links in a file's place, so none of this machine is read; and of more workers than
+    have links in a picture, some options would take all memory.
+    """
+    return run.workers <= charts.DRAWN and not run.job.topology_params.get("file")
 
 
 _OF_RUN = ("tiles", "curves", "time", "traffic", "stale", "shape", "logs")

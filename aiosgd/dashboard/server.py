@@ -51,6 +51,8 @@ def routes(stream: Stream, title: str) -> list[Route]:
         return Response(page, media_type="text/html")
 
     async def events(request: Request) -> Response:
+        if request.method == "HEAD":  # it takes no place: nobody reads on
+            return Response(media_type="text/event-stream")
         if stream.is_full:
             return PlainTextResponse("too many look already\n", 503)
         view = View.of(request.query_params)

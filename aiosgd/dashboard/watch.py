@@ -14,7 +14,7 @@ from aiosgd.errors import AiosgdError, ClusterError
 from aiosgd.plugins.registry import check_value
 from aiosgd.report.run import Links, check_table
 from aiosgd.runtime.archive import RUNNING, Entry
-from aiosgd.runtime.config import Address, Cluster, from_dict
+from aiosgd.runtime.config import Address, Cluster, JobConfig, from_dict
 from aiosgd.runtime.harvest import Collected, unpack
 from aiosgd.runtime.part import ROWS
 from aiosgd.runtime.survey import Asking, Seen
@@ -147,11 +147,20 @@ class Watch:
         if trace.is_whole(entry.node):
             return
         _, content = await visitor.copy(trace.job_id, entry.node, weights=False)
-        trace.end(entry.node, _unpacked(entry.node, content))
+        left = _unpacked(entry.node, content)
         if trace.job is None and content.get("job") is not None:
-            job, run = (check_value(content[name], dict[str, Any], name) for name in ("job", "run"))
-            trace.job, trace.facts = from_dict(job), run
+            trace.job, trace.facts = _named(entry.node, content)
+        trace.end(entry.node, left)
         self.live.changed()
+
+
+def _named(node: int, content: dict[str, Any]) -> tuple[JobConfig, dict[str, Any]]:
+    """Return what a node says that the job is, and what describes the run."""
+    try:
+        job, run = (check_value(content.get(k), dict[str, Any], k) for k in ("job", "run"))
+        return from_dict(job), run
+    except AiosgdError as error:
+        raise ClusterError(f"node {node} answered nonsense: {error}") from error
 
 
 def _unpacked(node: int, content: dict[str, Any]) -> Collected:

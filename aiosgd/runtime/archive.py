@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +44,11 @@ STATES = ("done", "failed", "cancelled")
 
 SPENT = ("samples", "train_s", "compute_s", "wait_s", "bytes_sent", "bytes_received")
 """What adds up over a job's nodes, but for the times."""
+
+LATEST = 1e11
+"""Seconds since 1970 that no clock shows: the year 5138."""
+MOST = 1e18
+"""Of what a job takes, more than there is, seconds or bytes; sums of it are finite."""
 
 # jobs of a node's history at most, newest first: an answer's metadata has a limit
 HISTORY = 100
@@ -76,6 +80,17 @@ class Entry:
     began: float | None = None
     ended: float | None = None
     spent: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_range({"began": self.began, "ended": self.ended}, LATEST)
+        check_range(self.spent, MOST)
+
+
+def check_range(figures: Mapping[str, float | None], end: float) -> None:
+    """Raise ValueError for a figure that is no number, negative, or not below `end`."""
+    for name, value in figures.items():
+        if value is not None and not 0 <= value < end:
+            raise ValueError(f"{name} is {value!r}; expected 0 to {end:g}")
 
 
 def folder_of(run_dir: Path, job_id: str, node: int) -> Path:
@@ -171,13 +186,14 @@ def spent_of(figures: object) -> dict[str, float]:
     """Return those of SPENT that a node's figures have."""
     table = figures if isinstance(figures, Mapping) else {}
     known = {name: table.get(name) for name in SPENT}
-    return {n: v for n, v in known.items() if isinstance(v, int | float) and 0 <= v < math.inf}
+    return {n: v for n, v in known.items() if isinstance(v, int | float) and 0 <= v < MOST}
 
 
 def _time_of(path: Path) -> float | None:
-    """Return when a file was last written to."""
+    """Return when a file was last written to; None if that cannot be."""
     with contextlib.suppress(OSError):
-        return path.stat().st_mtime
+        moment = path.stat().st_mtime
+        return moment if 0 <= moment < LATEST else None
     return None
 
 

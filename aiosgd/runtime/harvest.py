@@ -20,7 +20,7 @@ from aiosgd.codecs.base import Array, Vector
 from aiosgd.errors import RemoteProtocolError
 from aiosgd.plugins.registry import check_value, error_text, make_dataclass
 from aiosgd.plugins.trackers import Csv
-from aiosgd.runtime import results
+from aiosgd.runtime import archive, results
 from aiosgd.runtime.job import node_name
 from aiosgd.runtime.learner import SKETCH, Sketch
 from aiosgd.runtime.results import CONSENSUS, EVAL, RECORD, TRAIN, Rows, Summary
@@ -55,8 +55,8 @@ class Figures:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value!r}; expected 0 or more")
+            if not 0 <= value < archive.MOST:
+                raise ValueError(f"{name} is {value!r}; expected 0 to {archive.MOST:g}")
 
 
 @dataclass(frozen=True)

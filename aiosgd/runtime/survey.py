@@ -95,14 +95,15 @@ class Asking:
         self.cluster = cluster
         self._security: Security | None = None
         self._visitors: dict[Address, Visitor] = {}
-        self._stack = contextlib.AsyncExitStack()
+        self._links: dict[Address, contextlib.AsyncExitStack] = {}
 
     async def __aenter__(self) -> Self:
         self._security = await asyncio.to_thread(self.cluster.security.load)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
+        for links in self._links.values():
+            await links.aclose()
 
     @property
     def places(self) -> dict[str, Address]:
@@ -121,8 +122,10 @@ class Asking:
         known = self._visitors.get(address)
         if known is None or known.link.is_closed:
             assert self._security is not None
+            links = self._links.setdefault(address, contextlib.AsyncExitStack())
+            await links.aclose()  # of weeks of reconnecting nothing stays
             link = visiting(address, security=self._security)
-            self._visitors[address] = known = await self._stack.enter_async_context(link)
+            self._visitors[address] = known = await links.enter_async_context(link)
         return known
 
     async def look(self, *, why: bool = False) -> list[Seen]:

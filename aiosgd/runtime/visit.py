@@ -91,6 +91,9 @@ class Waiting:
     early: int
     explain: str
 
+    def __post_init__(self) -> None:
+        archive.check_range({"since": self.since}, archive.LATEST)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
@@ -133,6 +136,10 @@ class Status:
     training: str = ""
     actors: int = 0
     why: list[dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        archive.check_range({"began": self.began}, archive.LATEST)
+        archive.check_range(self.spent, archive.MOST)
 
 
 # What a node is doing ----------------------------------------------------------------------------

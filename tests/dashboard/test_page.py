@@ -1,11 +1,13 @@
 """What the live page shows of a moment; the charts are those of reports, which have tests."""
 
 import dataclasses
+import math
 import re
 
 import pytest
 from test_live import NEW, OLD, entry, piece, seen
 
+from aiosgd.cli_jobs import status_lines
 from aiosgd.dashboard import page
 from aiosgd.dashboard.live import Moment, Trace
 from aiosgd.dashboard.page import Drawing, View
@@ -178,6 +180,33 @@ def test_a_topology_is_drawn_once_per_job(monkeypatch):
         shown = drawing.parts(now, View())
     assert (shown["shape"], len(drawn)) == ("a ring", 1)
     assert "Staleness" in shown["stale"]
+
+
+@pytest.mark.parametrize(
+    ("job", "is_drawn"),
+    [
+        (JobConfig(topology="ring", workers=400), True),
+        (JobConfig(topology="edges", topology_params={"file": "", "links": [[0, 1]]}), True),
+        (JobConfig(topology="edges", topology_params={"file": "/dev/zero"}), False),
+        (JobConfig(topology="ring", workers=10**9), False),
+    ],
+)
+def test_a_topology_that_a_node_names_reads_no_file_and_takes_little_memory(job, is_drawn):
+    run = run_of(job=job)
+    run = dataclasses.replace(run, facts={}) if job.workers else run
+    shape = Drawing(TITLE).parts(moment(seen(0, NEW), run=run), View())["shape"]
+    assert ("<svg" in shape) == is_drawn
+    assert "No picture" not in shape
+
+
+def test_figures_that_are_no_numbers_are_shown_as_such():
+    figures = {"step": 4, "steps": 1000, "epoch": 0}
+    rates = ("loss", "accuracy", "samples_per_s", "bytes_per_s", "quiet_s")
+    for value in (math.nan, math.inf, -math.inf):
+        one = seen(0, NEW, **figures, **dict.fromkeys(rates, value))
+        shown = Drawing(TITLE).parts(moment(one, run=run_of()), View())["nodes"]
+        assert str(value) in shown
+        assert str(value) in "".join(status_lines(TITLE, [one], None, by_name=False))
 
 
 @pytest.mark.parametrize(

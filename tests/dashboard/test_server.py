@@ -9,6 +9,7 @@ import pytest
 from browser import Browser, binary
 
 from aiosgd.dashboard.page import View, files
+from aiosgd.dashboard.stream import VIEWERS
 from aiosgd.runtime.config import Address, Cluster
 
 pytest.importorskip("starlette", reason="the extra `dashboard` is not installed")
@@ -68,6 +69,11 @@ def test_what_is_asked_over_http_is_answered_or_refused(shown):
     ):
         answer, link = ask(address, *words)
         assert answer.status == status
+        link.close()
+    heads = [ask(address, "/events", "HEAD") for _ in range(VIEWERS + 1)]  # none takes a place
+    for answer, link in heads:
+        assert answer.status == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
         link.close()
     answer, link = ask(address, Host="evil.example")
     assert answer.status == 421

@@ -168,6 +168,28 @@ async def test_nonsense_from_a_node_is_its_error_and_no_picture(
             assert now.run is None or len(now.run.train) == 0
 
 
+@pytest.mark.parametrize(
+    "lie", [{"run": None}, {"run": 5}, {"job": 5}, {"job": {"epochs": "x"}}], ids=str
+)
+async def test_nonsense_about_a_job_that_is_over_is_its_nodes_error(
+    watching, tmp_path, monkeypatch, lie
+):
+    honest = Visitor.copy
+
+    async def copy(self, *words, **more):
+        entry, content = await honest(self, *words, **more)
+        kept = {name: value for name, value in content.items() if lie.get(name, "") is not None}
+        return entry, kept | {name: value for name, value in lie.items() if value is not None}
+
+    monkeypatch.setattr(Visitor, "copy", copy)
+    async with watching(1) as (own, cluster):
+        await aio.submit(cluster, output=str(tmp_path / "out"), epochs=1)
+        with own.viewer():
+            now = await until(own, lambda now: now.seen[0].error)
+            assert f"node 0 answered nonsense: {next(iter(lie))}" in now.seen[0].error
+            assert now.run is None
+
+
 async def test_a_job_that_no_node_can_tell_is_shown_by_its_nodes_alone(
     watching, tmp_path, monkeypatch
 ):

@@ -1,6 +1,8 @@
 """What a node keeps of its jobs is read back as it was written, whatever is missing or damaged."""
 
 import json
+import math
+import os
 
 import numpy as np
 import pytest
@@ -75,6 +77,10 @@ def test_what_runs_is_not_over_though_it_has_an_end(keep, tmp_path):
         '{"state": "odd", "reason": "", "began": 1.0, "ended": 2.0}',
         '{"state": "done", "reason": 1, "began": 1.0, "ended": 2.0}',
         '{"state": "done", "reason": "", "began": null, "ended": 2.0}',
+        '{"state": "done", "reason": "", "began": NaN, "ended": 2.0}',
+        '{"state": "done", "reason": "", "began": 1.0, "ended": Infinity}',
+        '{"state": "done", "reason": "", "began": 1.0, "ended": 1e20}',
+        '{"state": "done", "reason": "", "began": -1.0, "ended": 2.0}',
     ],
 )
 def test_a_damaged_end_is_told_and_hides_nothing_else(keep, tmp_path, text):
@@ -82,6 +88,16 @@ def test_a_damaged_end_is_told_and_hides_nothing_else(keep, tmp_path, text):
     keep(LATER)
     assert [entry.state for entry in history(tmp_path)] == ["done", "lost"]
     assert "without a word" not in history(tmp_path)[1].reason
+
+
+def test_what_a_job_cannot_have_taken_is_left_out(keep, tmp_path):
+    keep(figures={"samples": 5, "train_s": math.nan, "wait_s": -1.0, "bytes_sent": 1e300})
+    assert entry_of(tmp_path, JOB, 0).spent == {"samples": 5}
+
+
+def test_a_file_of_no_time_that_a_clock_shows_has_none(keep, tmp_path):
+    os.utime(keep(state="") / "node.log", (-5, -5))
+    assert entry_of(tmp_path, JOB, 0).ended is None
 
 
 def test_only_job_and_node_ids_are_copies(keep, tmp_path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 
 import numpy as np
 import pytest
@@ -392,6 +393,30 @@ async def test_nonsense_from_a_node_is_its_error(running, monkeypatch, answer):
                 await ask
 
 
+@pytest.mark.parametrize("figure", [math.nan, math.inf, 1e20, -1.0])
+async def test_times_and_sums_that_cannot_be_are_nonsense(running, monkeypatch, figure):
+    plain = {"version": "1", "job_id": UNKNOWN, "seat": "running", "leader": "nobody"}
+    idle = {"group": 0, "codec": "C", "step": 0, "hook": "", "at": "", "explain": ""}
+    past = {"job_id": UNKNOWN, "node": 0, "state": "done", "reason": "", "spent": {}}
+    lies = [{"began": figure}, {"spent": {"wait_s": figure}}]
+    lies += [{"why": [idle | {"waiting": 0, "early": 0, "since": figure}]}]
+    answers = [plain | lie for lie in lies]
+    entries = [past | lie for lie in [*lies[:2], {"ended": figure}]]
+    answers += [{"history": [one]} for one in entries] + entries
+    asks = [visit.Visitor.status] * 3 + [visit.Visitor.history] * 3
+    asks += [lambda visitor: visitor.copy(UNKNOWN, 0, weights=False)] * 3
+
+    async def lie(self, content):
+        return answers.pop(0)
+
+    monkeypatch.setattr(visit.Visits, "answer", lie)
+    async with running() as (_, address), visiting(address) as visitor:
+        for ask in asks:
+            with pytest.raises(ClusterError, match=r"answered nonsense: .* is .*; expected 0 to"):
+                await ask(visitor)
+    assert answers == []
+
+
 async def test_a_silent_node_is_an_error(running, monkeypatch):
     async def sleep(self, content):
         await asyncio.Event().wait()
@@ -493,6 +518,29 @@ async def test_nodes_that_do_not_answer_are_told_and_the_others_shown(running):
             await survey.cancel(Cluster((address, gone)))
     with pytest.raises(ClusterError, match=r"no node .* answers: workers\[0\]: .*; workers\[1\]"):
         await survey.look(Cluster((address, gone)))
+
+
+async def test_of_links_that_were_lost_nothing_stays(running, monkeypatch):
+    open_links, honest = [], survey.visiting
+
+    @contextlib.asynccontextmanager
+    async def counted(*words, **more):
+        async with honest(*words, **more) as visitor:
+            open_links.append(visitor)
+            try:
+                yield visitor
+            finally:
+                open_links.remove(visitor)
+
+    monkeypatch.setattr(survey, "visiting", counted)
+    async with running() as (_, address):
+        async with survey.Asking(Cluster((address,))) as asking:
+            for _ in range(3):
+                visitor = await asking.visitor(address)
+                assert await asking.visitor(address) is visitor
+                assert open_links == [visitor]
+                visitor.link.abort()
+        assert open_links == []
 
 
 def entry(job_id, node_id, state, reason="", span=1.0):
