@@ -23,7 +23,7 @@ from aiosgd.runtime.visit import Status, Visitor
 INTERVAL = 1.0
 """Seconds between two questions to a node; of many nodes, so many that `RATE` are asked a second."""
 RATE = 20
-REMEMBERED = 30.0
+REMEMBERED = 5.0
 """Seconds for which a node's history is taken to be the same, unless its job changes: it is read
 from its disk."""
 PIECES = 16

@@ -212,13 +212,15 @@ async def test_a_history_is_read_again_when_the_job_changes(watching, tmp_path, 
         return await history(self)
 
     monkeypatch.setattr(Visitor, "history", counted)
+    monkeypatch.setattr(watch, "REMEMBERED", 1e9)
     async with watching(1) as (own, cluster):
         with own.viewer():
             await until(own, lambda now: now.all_asked)
             for _ in range(5):
                 await asyncio.sleep(0.02)
             assert len(read) == 1
-            await aio.submit(cluster, output=str(tmp_path / "out"), epochs=1)
+            # long enough to be seen while it runs
+            await aio.submit(cluster, output=str(tmp_path / "out"), epochs=60)
             await until(own, lambda now: now.fate and now.fate.state == "done")
             assert 2 <= len(read) <= 4
 
